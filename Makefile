@@ -1,0 +1,48 @@
+# make demo   trains a spiking network on handwritten digits, in an environment of its own
+# make test   formatting, lint, types and tests: what CI runs
+# PYTHON=python3.12 picks the interpreter, VENV=dir the environment, PYTEST_ARGS="-k lif" the tests.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?= -n 2
+
+run := $(VENV)/bin/python -m
+pip := $(run) pip install --disable-pip-version-check -c constraints.txt
+
+# CuPy has no wheels for macOS; elsewhere its NVRTC compiles every CUDA kernel, GPU or not.
+ifeq ($(shell uname -s),Darwin)
+test_extras := test,examples
+else
+test_extras := test,examples,cuda12
+endif
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/.installed-demo
+	$(VENV)/bin/python examples/digits.py
+
+test check: $(VENV)/.installed-test
+	$(run) ruff format --check .
+	$(run) ruff check .
+	$(run) mypy
+	$(run) pytest $(PYTEST_ARGS)
+
+format: $(VENV)/.installed-test
+	$(run) ruff format .
+	$(run) ruff check --fix .
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The stamps: installing again only when what is to be installed has changed. All that `demo` needs, `test` has.
+$(VENV)/.installed-demo: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(pip) -e ".[examples]"
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(pip) -e ".[$(test_extras)]"
+	@touch $@ $(VENV)/.installed-demo
+
+# pip, not python: an environment whose making was cut short has the one without the other.
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "neuronjit needs Python 3.10 or newer, $(PYTHON) is %d.%d: try make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv $(VENV)

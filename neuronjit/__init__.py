@@ -1,0 +1,59 @@
+"""neuronjit: spiking-neuron kernels, rendered, compiled and cached on demand, behind PyTorch autograd."""
+
+from __future__ import annotations
+
+from . import functional, neuron_kernel, neurons, surrogates
+from .errors import (
+    BackendError,
+    BundleError,
+    CompileError,
+    DifferentiationError,
+    EquationError,
+    InputTypeError,
+    MissingKernelError,
+    NeuronJitError,
+    SpecError,
+)
+from .multistep import Output, multistep
+from .neuron_kernel import (
+    multistep_eif_ptt,
+    multistep_if_ptt,
+    multistep_izhikevich_ptt,
+    multistep_lif_ptt,
+    multistep_plif_ptt,
+    multistep_qif_ptt,
+    save_cuda_codes,
+)
+from .neurons import NeuronModel
+from .source import render
+from .surrogates import Surrogate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "CompileError",
+    "DifferentiationError",
+    "EquationError",
+    "InputTypeError",
+    "MissingKernelError",
+    "NeuronJitError",
+    "NeuronModel",
+    "Output",
+    "SpecError",
+    "Surrogate",
+    "functional",
+    "multistep",
+    "multistep_eif_ptt",
+    "multistep_if_ptt",
+    "multistep_izhikevich_ptt",
+    "multistep_lif_ptt",
+    "multistep_plif_ptt",
+    "multistep_qif_ptt",
+    "neuron_kernel",
+    "neurons",
+    "render",
+    "save_cuda_codes",
+    "surrogates",
+]

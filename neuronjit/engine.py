@@ -1,0 +1,98 @@
+"""From a spec to a loaded kernel: from memory, else from the on-disk cache, else compiled."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+from . import cache, source, targets
+from .errors import BackendError, MissingKernelError
+from .source import KernelSpec
+
+_kernels: dict[tuple[KernelSpec, int], Any] = {}
+_lock = threading.Lock()
+_counts = {"compiled": 0, "loaded": 0}
+
+
+def stats() -> dict[str, int]:
+    """How many kernels this process compiled, and how many it loaded from the on-disk cache."""
+    return dict(_counts)
+
+
+def load_kernel(spec: KernelSpec, device: int = 0) -> Any:
+    """The kernel of `spec` on CUDA device `device` (ignored on the CPU), ready to launch.
+
+    Raises:
+        CompileError: the compiler refused the source.
+        BackendError: there is neither a cached binary nor a compiler.
+        MissingKernelError: NEURONJIT_NO_COMPILE=1 and the kernel is in no cache.
+    """
+    key = (spec, device if spec.target == "cuda" else 0)
+    kernel = _kernels.get(key)
+    if kernel is None:
+        target = targets.by_name(spec.target)
+        entry = build(spec, target.arch(key[1]))
+        kernel = _kernels.setdefault(key, target.load(entry.binary, spec.symbol, spec.lanes, key[1]))
+    return kernel
+
+
+def build(spec: KernelSpec, arch: str) -> cache.Entry:
+    """The cache's entry for `spec` on `arch`, compiled if it is not there. Needs no device."""
+    target = targets.by_name(spec.target)
+    compiled = False
+
+    def compile_now() -> cache.Entry:
+        nonlocal compiled
+        compiled = True
+        text = source.render_specs([spec])
+        binary = target.compile(text, spec.symbol, arch)
+        return cache.Entry(key, _meta(spec, arch, fingerprint), text, binary)
+
+    try:
+        fingerprint = target.fingerprint(arch)
+    except BackendError as error:  # no compiler: any compiler's binary of the very same source will do
+        entry = cache.find(spec.request, spec.target, arch)
+        if entry is None:
+            raise BackendError(f"{error}\n{_missing(spec, arch)}") from None
+    else:
+        key = cache.make_key(spec.request, fingerprint)
+        if no_compile():
+            entry = cache.load(key) or cache.find(spec.request, spec.target, arch)
+            if entry is None:
+                raise MissingKernelError(f"NEURONJIT_NO_COMPILE is set. {_missing(spec, arch)}")
+        else:
+            entry = cache.load_or_build(key, compile_now)
+    with _lock:
+        _counts["compiled" if compiled else "loaded"] += 1
+    return entry
+
+
+def no_compile() -> bool:
+    """Whether NEURONJIT_NO_COMPILE forbids compiling."""
+    return os.environ.get("NEURONJIT_NO_COMPILE", "0") not in ("", "0")
+
+
+def _missing(spec: KernelSpec, arch: str) -> str:
+    command = f"neuronjit-cache prebuild --neuron {spec.model.name} --reset {spec.reset} --dtype {spec.dtype}"
+    surrogate = f" --surrogate {spec.surrogate.name}" if spec.surrogate else ""
+    return (
+        f"No cache holds kernel {spec.symbol} (target {spec.target}, {arch}). Where there is a compiler, run: "
+        f"{command}{surrogate} --target {spec.target} --arch {arch}"
+    )
+
+
+def _meta(spec: KernelSpec, arch: str, fingerprint: dict[str, str]) -> dict[str, Any]:
+    return {
+        "spec": spec.symbol,
+        "symbol": spec.symbol,
+        "request": spec.request,
+        "target": spec.target,
+        "arch": arch,
+        "fingerprint": fingerprint,
+        "model": spec.model.name,
+        "direction": spec.direction,
+        "dtype": spec.dtype,
+        "reset": spec.reset,
+        "surrogate": spec.surrogate.name if spec.surrogate else None,
+    }

@@ -1,0 +1,76 @@
+"""The same equations stepped in eager PyTorch: what the kernels are tested against, and the fallback without them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .expressions import evaluate
+from .neurons import NeuronModel, program
+from .surrogates import Surrogate
+
+
+class _Spike(torch.autograd.Function):
+    """The Heaviside step forward, the surrogate's slope backward (itself differentiable)."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, theta: Tensor, strict: bool, surrogate: Surrogate) -> Tensor:
+        ctx.surrogate = surrogate
+        ctx.save_for_backward(h, theta)
+        return ((h > theta) if strict else (h >= theta)).to(h.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        h, theta = ctx.saved_tensors
+        slope = grad * _surrogate(ctx.surrogate, ctx.surrogate.derivative_tree, h - theta)
+        return slope.sum_to_size(h.shape), -slope.sum_to_size(theta.shape), None, None
+
+
+def _surrogate(surrogate: Surrogate, tree: Any, u: Tensor) -> Tensor:
+    numbers = {name: u.new_tensor(value) for name, value in surrogate.params.items()}
+    return evaluate(tree, {"u": u, **numbers}, u.new_tensor)  # type: ignore[no-any-return]
+
+
+def run(
+    model: NeuronModel,
+    x_seq: Tensor,
+    values: Mapping[str, Tensor | float],
+    surrogate: Surrogate,
+    reset: str,
+    detach_reset: bool,
+    record: Sequence[str],
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Spikes, last states and recorded sequences. `values` has every state and parameter."""
+    real = torch.float64 if x_seq.dtype == torch.float64 else torch.float32
+    steps = program(model, reset, detach_reset)
+
+    def as_tensor(value: Tensor | float) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.to(real)
+        return torch.tensor(value, dtype=real, device=x_seq.device)
+
+    known = {name: as_tensor(value) for name, value in values.items()}
+    known.update({z: known[z].expand(x_seq.shape[1:]) for z in model.state})
+    outputs: dict[str, list[Tensor]] = {"s": [], **{name: [] for name in record}}
+    for x in x_seq.unbind():
+        now = {**known, "x": x.to(real)}
+        for statement in steps.statements:
+            if statement.expression.op != "fire":
+                now[statement.target] = evaluate(statement.expression, now, as_tensor)
+                continue
+            h, theta = (now[str(arg.value)] for arg in statement.expression.args)
+            if not surrogate.spiking:
+                now["s"] = _surrogate(surrogate, surrogate.primitive_tree, h - theta)
+            else:
+                h, theta = torch.broadcast_tensors(h, theta)
+                now["s"] = _Spike.apply(h, theta, model.strict, surrogate)
+        known.update({z: now[last].expand(x.shape) for z, last in steps.final.items()})
+        for name, sequence in outputs.items():
+            value = now["s"] if name == "s" else now[steps.h] if name == "h" else known[name]
+            sequence.append(value.expand(x.shape).to(x_seq.dtype))
+    # with T = 0 there is nothing to stack: the empty sequence that still has x_seq's gradient
+    stacked = {name: torch.stack(sequence) if sequence else x_seq * 0 for name, sequence in outputs.items()}
+    return stacked.pop("s"), {z: known[z].clone() for z in model.state}, stacked

@@ -1,0 +1,338 @@
+"""From a spec to C++ text: what one kernel is, what it is called, and how it is rendered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cache, cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .errors import SpecError, known
+from .expressions import Node, Statement, add, derivative, multiply, name, negate, number, to_cpp
+from .neurons import NeuronModel, as_model, program
+from .surrogates import ATan, Surrogate, as_surrogate
+
+STORAGE = {"float32": "float", "float64": "double", "float16": "half_t", "bfloat16": "bfloat16_t"}
+TARGETS = ("cuda", "cpu")
+DIRECTIONS = ("forward", "backward")
+RESETS = ("hard", "soft", "own")
+CUDA_BLOCK = 128  # threads; small, so that short rows still spread over all multiprocessors
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """Everything that selects one kernel. Numbers are arguments of the kernel and not in here."""
+
+    model: NeuronModel
+    target: str
+    direction: str  # "forward" or "backward"
+    dtype: str  # of the sequences; arithmetic is float32, or float64 for float64
+    reset: str  # "hard", "soft" or "own"
+    surrogate: Surrogate | None = None  # None where only the Heaviside step is needed
+    spiking: bool = True
+    detach_reset: bool = False
+    per_neuron: tuple[str, ...] = ()  # parameters that differ between neurons
+    learned: tuple[str, ...] = ()  # backward: parameters whose gradient is wanted
+    sequences: tuple[str, ...] = ()  # forward: recorded besides s; backward: those whose gradient arrives
+    steps: int = 16  # K: steps between checkpoints, recomputed together
+    lanes: int = 1  # neurons handled together
+    loads: int = 1  # forward: rows of x on their way before the first is used
+    prefetch: bool = False  # load the rows of the next steps before the current ones are used
+
+    def __post_init__(self) -> None:
+        for field, allowed in (("target", TARGETS), ("direction", DIRECTIONS), ("dtype", STORAGE), ("reset", RESETS)):
+            if (given := getattr(self, field)) not in allowed:
+                raise SpecError(f"unknown {field} {ascii(given)[:80]}. {known(allowed)}")
+
+    @cached_property
+    def summed(self) -> tuple[str, ...]:
+        """Learned parameters that all neurons share: their gradients are summed, block by block."""
+        return tuple(p for p in self.learned if p not in self.per_neuron)
+
+    @cached_property
+    def symbol(self) -> str:
+        """The readable, unique name: C symbol, listing, test id."""
+        parts = [self.model.name, self.direction, self.dtype, self.reset]
+        parts += ["detached"] if self.detach_reset else []
+        parts += [self.surrogate.name] if self.surrogate else []
+        parts += [] if self.spiking else ["smooth"]
+        for word, names in (("per", self.per_neuron), ("learn", self.learned), ("seq", self.sequences)):
+            parts += [f"{word}_{'_'.join(names)}"] if names else []
+        parts += [f"k{self.steps}", f"l{self.lanes}", f"r{self.loads}"]
+        parts += ["ahead"] if self.prefetch else []
+        return "_".join(parts)
+
+    @cached_property
+    def request(self) -> str:
+        """Digest of all that decides the rendered text, found without rendering it."""
+        described: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        described["model"] = repr(self.model._identity[:2]) + repr([*self.model.state]) + repr(self.model.params.keys())
+        described["model"] += repr(self.model.strict)
+        described["surrogate"] = self.surrogate and repr(self.surrogate._identity)
+        text = json.dumps([described, _renderer()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def _renderer() -> str:
+    """Digest of the code and the templates that render: when they change, so may every text."""
+    digest = hashlib.sha256(metadata.version("jinja2").encode())
+    for file in ("expressions.py", "neurons.py", "source.py"):
+        digest.update(pkgutil.get_data(__package__, file) or b"")
+    for template in sorted(templates().glob("*.j2")):
+        digest.update(template.name.encode() + b"\0" + template.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def templates() -> Path:
+    """The templates: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "templates"
+    return inside if inside.is_dir() else package.parent / "templates"
+
+
+@dataclass(frozen=True)
+class Field:
+    """One member of a kernel's argument struct; `code` is its letter for `struct.Struct`."""
+
+    ctype: str
+    name: str
+    code: str
+
+
+def arguments(spec: KernelSpec) -> list[Field]:
+    """The argument struct, in the order in which `multistep` packs it: pointers, counts, numbers, T."""
+    states, params, forward = list(spec.model.state), list(spec.model.params), spec.direction == "forward"
+    pointers = ["const storage* x_"]
+    if forward:
+        pointers += ["storage* s_", *(f"storage* {n}_seq_" for n in spec.sequences)]
+        pointers += [f"real* {z}_last_" for z in states] + ["real* checkpoints_"]
+    else:
+        pointers += ["storage* x_grad_", *(f"const storage* {n}_dseq_" for n in spec.sequences)]
+        pointers += [f"const real* {z}_dlast_" for z in states] + [f"real* {z}_grad_" for z in states]
+        pointers += ["const real* checkpoints_"]
+        pointers += [f"real* {p}_grad_" for p in spec.learned if p in spec.per_neuron]
+    pointers += ["real* partials_"]
+    pointers += [f"const real* {n}_ptr_" for n in [*states, *params]]
+    counts = [f"long long {p}_{w}_" for p in spec.per_neuron for w in ("inner", "count")] + ["long long N_"]
+    reals = [f"real {n}_value_" for n in [*states, *(p for p in params if p not in spec.per_neuron)]]
+    reals += [f"real {p}_sg_" for p in surrogate_arguments(spec)]
+    number_code = "d" if spec.dtype == "float64" else "f"
+    text_codes = [(pointers, "Q"), (counts, "q"), (reals, number_code), (["int T_"], "i")]
+    return [Field(*text.rsplit(" ", 1), code) for texts, code in text_codes for text in texts]
+
+
+def surrogate_arguments(spec: KernelSpec) -> list[str]:
+    """The surrogate's parameters, where the kernel evaluates the surrogate at all."""
+    return list(spec.surrogate.params) if spec.surrogate else []
+
+
+def render(
+    model: NeuronModel | str,
+    *,
+    target: str = "cuda",
+    direction: str | None = None,
+    surrogate: Any = ATan,
+    reset: str = "hard",
+    detach_reset: bool = False,
+    dtype: str = "float32",
+    **options: Any,
+) -> str:
+    """The source of a model's kernels, to read.
+
+    Args:
+        model: a `NeuronModel`, or the name of a built-in one.
+        target: "cuda" or "cpu".
+        direction: "forward", "backward", or None for both.
+        surrogate, reset, detach_reset: as for `neuronjit.multistep`.
+        dtype: of the sequences, "float32", "float64", "float16" or "bfloat16".
+        **options: further fields of `KernelSpec`, e.g. `learned=("tau",)` or `steps=8`.
+
+    Raises:
+        SpecError: an unknown name, and which are known.
+    """
+    directions = ("forward", "backward") if direction is None else (direction,)
+    return render_specs([spec_of(model, target, d, surrogate, reset, detach_reset, dtype, **options) for d in directions])
+
+
+def spec_of(
+    model: NeuronModel | str,
+    target: str,
+    direction: str,
+    surrogate: Any,
+    reset: str,
+    detach_reset: bool,
+    dtype: str,
+    **options: Any,
+) -> KernelSpec:
+    """The spec that a call with these choices would select, its sizes apart."""
+    model, surrogate = as_model(model), as_surrogate(surrogate)
+    if unknown := options.keys() - {f.name for f in fields(KernelSpec)}:
+        raise SpecError(f"unknown option {sorted(unknown)}. {known(f.name for f in fields(KernelSpec))}")
+    backward = direction == "backward"
+    if backward:
+        options.setdefault("sequences", ("s",))
+    return KernelSpec(
+        model,
+        target,
+        direction,
+        str(dtype).removeprefix("torch."),
+        "own" if model.own_reset else reset,
+        surrogate=surrogate.form if backward or not surrogate.spiking else None,
+        spiking=surrogate.spiking,
+        detach_reset=detach_reset and backward,
+        **options,
+    )
+
+
+def render_specs(specs: Sequence[KernelSpec]) -> str:
+    """The source of some kernels of one target: the target's names once, then each kernel."""
+    environment = _environment()
+    header = environment.get_template(f"target_{specs[0].target}.h.j2").render(block=CUDA_BLOCK)
+    kernel = environment.get_template("multistep.cu.j2")
+    return "\n".join([header, *(_squeeze(kernel.render(_context(spec))) for spec in specs)])
+
+
+@cache
+def _environment() -> Any:
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(templates()),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,  # an included header must not swallow the next line
+        autoescape=False,  # C++, not HTML; no text of the user's reaches a template, only printed trees
+    )
+
+
+def _squeeze(text: str) -> str:
+    """Drop the empty lines that macros leave behind."""
+    lines = text.split("\n")
+    return "\n".join(line for i, line in enumerate(lines) if line.strip() or (i and lines[i - 1].strip()))
+
+
+def _context(spec: KernelSpec) -> dict[str, Any]:
+    forward = spec.direction == "forward"
+    surrogate_params = surrogate_arguments(spec)
+    return {
+        "spec": spec,
+        "real": "double" if spec.dtype == "float64" else "float",
+        "storage": STORAGE[spec.dtype],
+        "fields": arguments(spec),
+        "states": list(spec.model.state),
+        "params": list(spec.model.params),
+        "surrogate_params": surrogate_params,
+        "smooth_params": [] if spec.spiking else surrogate_params,
+        "surrogate_functions": _surrogate_functions(spec),
+        "step": _step(spec),
+        "adjoint": [] if forward else _adjoint(spec),
+    }
+
+
+def _surrogate_functions(spec: KernelSpec) -> list[dict[str, str]]:
+    functions: list[tuple[str, Node, str]] = []
+    surrogate = spec.surrogate
+    if surrogate and not spec.spiking and surrogate.primitive_tree:
+        functions.append(("smooth_spike_", surrogate.primitive_tree, "the smooth spike at u = h - theta"))
+    if surrogate and spec.direction == "backward":
+        tree = surrogate.derivative_tree if spec.spiking else surrogate.smooth_derivative_tree
+        functions.append(("slope_", tree, "ds/du at u = h - theta"))
+    return [{"name": n, "body": to_cpp(tree), "comment": f"{surrogate and surrogate.name}: {c}"} for n, tree, c in functions]
+
+
+def _needed(statements: Sequence[Statement], outputs: set[str]) -> list[Statement]:
+    """The statements that `outputs` depend on; compilers warn of the others."""
+    kept: list[Statement] = []
+    wanted = set(outputs)
+    for statement in reversed(statements):
+        if statement.target in wanted:
+            kept.append(statement)
+            wanted |= statement.expression.names()
+    return kept[::-1]
+
+
+def _print_statement(spec: KernelSpec, statement: Statement) -> str:
+    expression = statement.expression
+    if expression.op != "fire":
+        return f"const real {statement.target} = {to_cpp(expression)};"
+    h, theta = expression.args
+    if spec.spiking:
+        comparison = to_cpp(Node(">" if spec.model.strict else ">=", (h, theta)))
+        return f"const real s = {comparison} ? real(1) : real(0);"
+    extra = "".join(f", sg_{p}_" for p in surrogate_arguments(spec))
+    return f"const real s = smooth_spike_({to_cpp(Node('-', (h, theta)))}{extra});"
+
+
+def _step(spec: KernelSpec) -> list[str]:
+    lowered = program(spec.model, spec.reset, spec.detach_reset)
+    needed = _needed(lowered.statements, {"s", lowered.h, *lowered.final.values()})
+    read = set().union(*(s.expression.names() for s in needed)) | set(lowered.final.values())
+    lines = [f"const real {z} = z_{z}_;" for z in spec.model.state if z in read]
+    lines += [_print_statement(spec, s) for s in needed]
+    lines += [f"z_{z}_ = {last};" for z, last in lowered.final.items() if last != z]
+    return [*lines, "s_ = s;", f"h_ = {lowered.h};"]
+
+
+def _adjoint(spec: KernelSpec) -> list[str]:
+    """Reverse-mode differentiation, one statement at a time: d_<name>_ is the gradient of <name>.
+
+    Every generated name is <prefix>_<name>_; names of the equations never end in _, so no two can meet.
+    """
+    lowered = program(spec.model, spec.reset, spec.detach_reset)
+    terms: dict[str, list[Node]] = {}
+    lines: list[tuple[str, Node | str, set[str]]] = []  # text before the expression, the expression, what it reads
+
+    def let(target: str, value: Node) -> Node:
+        gradient = f"d{target}" if target.endswith("_") else f"d_{target}_"
+        lines.append((f"const real {gradient} = ", value, value.names()))
+        return name(gradient)
+
+    for z, last in lowered.final.items():
+        lines.append((f"const real after_{z}_ = ", name(f"zd_{z}_"), set()))
+        terms.setdefault(last, []).append(name(f"after_{z}_"))
+    for given, target in (("h", lowered.h), ("s", "s")):
+        if given in spec.sequences:
+            terms.setdefault(target, []).append(name(f"{given}d_"))
+    for statement in reversed(lowered.statements):
+        arrived = terms.pop(statement.target, [])
+        if not arrived:
+            continue
+        total = arrived[0] if len(arrived) == 1 and arrived[0].op == "name" else let(statement.target, add(arrived))
+        if statement.expression.op == "fire":
+            h, theta = statement.expression.args
+            extra = "".join(f", sg_{p}_" for p in surrogate_arguments(spec))
+            slope = f"{to_cpp(total)} * slope_({to_cpp(Node('-', (h, theta)))}{extra})"
+            lines.append(("const real fired_ = ", slope, total.names() | h.names() | theta.names()))
+            terms.setdefault(str(h.value), []).append(name("fired_"))
+            terms.setdefault(str(theta.value), []).append(negate(name("fired_")))
+            continue
+        for read in sorted(statement.expression.names()):
+            part = multiply(total, derivative(statement.expression, read))
+            if part != number(0):
+                terms.setdefault(read, []).append(part)
+    for z in spec.model.state:
+        value = add(terms.get(z, []))
+        lines.append((f"zd_{z}_ = ", value, value.names()))
+    value = add(terms.get("x", []))
+    lines.append(("xd_ = ", value, value.names()))
+    for p in spec.learned:
+        value = add(terms.get(p, []))
+        lines.append((f"pd_{p}_ += ", value, value.names()))
+    # a gradient that nothing reads (of a parameter not learned, say) is not printed
+    used = set()
+    kept = []
+    for before, expression, reads in reversed(lines):
+        declared = before.removeprefix("const real ").removesuffix(" = ") if before.startswith("const") else None
+        if declared is None or declared in used:
+            kept.append(f"{before}{expression if isinstance(expression, str) else to_cpp(expression)};")
+            used |= reads
+    needed = _needed(lowered.statements, used)
+    return [_print_statement(spec, s) for s in needed] + kept[::-1]

@@ -1,0 +1,235 @@
+"""The CPU: compile with the host's C++ compiler, load the shared object from memory, run on torch's threads."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import BackendError, CompileError, SpecError, known
+from . import Shape, debug, first_lines, keep_source
+
+# No contraction and no reordering: spikes are bit-identical to eager PyTorch's and to the GPU's. The last two
+# flags only drop what the kernels do not use (errno, floating-point traps), so that loops vectorise.
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-shared",
+    "-fPIC",
+    "-fvisibility=default",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
+OPENMP = "-fopenmp"
+LANES = 64  # neurons of one inner loop: whole vectors of any width, and rows long enough for the prefetchers
+_PARALLEL_FROM = 1 << 15  # neuron-steps below which waking threads costs more than it saves
+
+_X86_LEVELS = {  # the x86-64 psABI's levels; the kernels also use what each level's compilers may: F16C in v3
+    "x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    "x86-64-v3": {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"},
+    "x86-64-v2": {"cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"},
+}
+
+
+def why_unavailable() -> str | None:
+    """What is missing for compiling kernels here, and how to get it; None where nothing is."""
+    try:
+        compiler()
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+def compiler() -> list[str]:
+    """The command of the host compiler: $CXX, else g++ or clang++. Raises BackendError where there is none."""
+    chosen = os.environ.get("CXX", "").strip()
+    for command in [chosen] if chosen else ["g++", "clang++"]:
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            raise BackendError(f"CXX={ascii(command)[:200]} cannot be read as a command: {error}") from None
+        path = shutil.which(words[0]) if words else None
+        if path:
+            return [path, *words[1:]]
+    looked = f"CXX={ascii(chosen)[:200]}" if chosen else "g++ and clang++"
+    raise BackendError(
+        f"the cpu target needs a C++17 compiler; looked for {looked} on PATH. Install one (Debian: apt install g++;"
+        " conda: conda install gxx), name it in CXX, or use backend='eager'"
+    )
+
+
+@cache
+def _cpu_flags() -> frozenset[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return frozenset(line.partition(":")[2].split())
+
+
+@cache
+def arch(device: int = 0) -> str:
+    """The architecture that kernels are compiled for here, e.g. "x86-64-v3": levels, so that hosts can share."""
+    machine = platform.machine().lower()
+    if machine not in ("x86_64", "amd64"):
+        return machine
+    return next((level for level in _X86_LEVELS if runs_here(level)), "x86-64")
+
+
+def runs_here(name: str) -> bool:
+    """Whether this CPU has all the features of the level (each level includes those below it)."""
+    levels = list(_X86_LEVELS)
+    return name == "x86-64" or all(_X86_LEVELS[level] <= _cpu_flags() for level in levels[levels.index(name) :])
+
+
+def check_arch(name: str) -> str:
+    """`name` if kernels for it can be compiled here. Raises SpecError."""
+    machine = platform.machine().lower()
+    allowed = [*_X86_LEVELS, "x86-64"] if machine in ("x86_64", "amd64") else [machine]
+    if name not in allowed:
+        raise SpecError(f"unknown CPU architecture {ascii(name)[:80]}. {known(allowed)}")
+    return name
+
+
+@cache
+def _version(command: tuple[str, ...]) -> str:
+    try:
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BackendError(f"the C++ compiler {command[0]} does not answer --version: {error}") from None
+    if done.returncode:
+        raise BackendError(f"the C++ compiler {command[0]} --version failed:\n{first_lines(done.stderr or done.stdout)}")
+    return next(iter(done.stdout.splitlines()), "unknown")
+
+
+def fingerprint(arch: str) -> dict[str, str]:
+    """All that decides the binary besides the source. Raises BackendError where there is no compiler."""
+    command = compiler()
+    return {
+        "target": "cpu",
+        "arch": arch,
+        "compiler": " ".join([_version(tuple(command)), *command[1:]]),
+        "flags": " ".join([*FLAGS, OPENMP]),
+        "abi": " ".join([platform.system(), *platform.libc_ver()]),
+    }
+
+
+def compile(source: str, symbol: str, arch: str) -> bytes:
+    """A shared object. Raises CompileError with the compiler's words and the place of the source."""
+    march = [f"-march={arch}"] if arch.startswith("x86-64") else []
+    try:
+        with tempfile.TemporaryDirectory(prefix="neuronjit-") as folder:
+            text, binary = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
+            text.write_text(source, encoding="ascii")
+            for openmp in ([OPENMP], []):  # without OpenMP's library the kernels run on one thread
+                command = [*compiler(), *FLAGS, *march, *openmp, "-o", str(binary), str(text), "-lm"]
+                debug(f"{shlex.join(command)} ({symbol})")
+                done = subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+                if done.returncode == 0 or "openmp" not in done.stderr.lower():
+                    break
+            code = binary.read_bytes() if done.returncode == 0 and binary.exists() else b""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CompileError(f"the C++ compiler could not run for {symbol}: {error}") from None
+    if code[:4] not in (b"\x7fELF", b"\xcf\xfa\xed\xfe"):
+        raise CompileError(
+            f"the C++ compiler failed for {symbol} (exit code {done.returncode}); source: {keep_source(source, '.cpp')}\n"
+            f"{shlex.join(command)}\n{first_lines(done.stderr)}"
+        )
+    return code
+
+
+class Kernel:
+    """One loaded kernel."""
+
+    def __init__(self, function: Any, lanes: int) -> None:
+        self._function = function
+        self._lanes = lanes
+
+    def blocks(self, n: int) -> int:
+        """How many partial sums each summed gradient of a parameter has."""
+        return -(-n // self._lanes)
+
+    def launch(self, packed: bytes, n: int, steps: int) -> None:
+        """Run the kernel on torch's number of threads. `packed` is the argument struct."""
+        threads = torch.get_num_threads() if n * steps >= _PARALLEL_FROM and not _forked else 1
+        self._function(packed, threads)
+
+
+_forked = False  # GNU OpenMP's threads do not survive a fork, and waiting for them would never end
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+@cache
+def _watch_forks() -> None:
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+_loads = itertools.count()
+
+
+def load(binary: bytes, symbol: str, lanes: int, device: int = 0) -> Kernel:
+    """Load a shared object from the very bytes that were verified, through a sealed memory file."""
+    _watch_forks()
+    library = _dlopen(binary)
+    function = getattr(library, symbol)
+    function.argtypes = [ctypes.c_char_p, ctypes.c_int]
+    function.restype = None
+    debug(f"loaded {symbol}")
+    return Kernel(function, lanes)
+
+
+def _dlopen(binary: bytes) -> ctypes.CDLL:
+    if hasattr(os, "memfd_create"):
+        try:
+            descriptor = os.memfd_create("neuronjit", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError:
+            return _dlopen_file(binary)
+        try:
+            with os.fdopen(os.dup(descriptor), "wb") as file:
+                file.write(binary)
+            _seal(descriptor)
+            # glibc finds loaded libraries by path, and descriptors are used again: spell a path that no earlier
+            # load had, writing its number in binary as /. and //, which both mean "the same directory"
+            number = next(_loads)
+            spelling = "".join("/." if number >> bit & 1 else "//" for bit in range(24))
+            return ctypes.CDLL(f"/proc/self/fd{spelling}/{descriptor}")
+        except OSError:
+            return _dlopen_file(binary)
+        finally:
+            os.close(descriptor)
+    return _dlopen_file(binary)
+
+
+def _seal(descriptor: int) -> None:
+    import fcntl
+
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+
+
+def _dlopen_file(binary: bytes) -> ctypes.CDLL:
+    """Where memory files cannot be run: a private file that lives as long as the call."""
+    with tempfile.TemporaryDirectory(prefix="neuronjit-") as folder:
+        path = Path(folder, f"{os.getpid()}-{next(_loads)}.so")
+        path.write_bytes(binary)
+        return ctypes.CDLL(str(path))
+
+
+def shape(direction: str, itemsize: int, states: int, sequences: int, n: int, steps: int, aligned: bool) -> Shape:
+    """Checkpoint distance; rows are loaded one by one, the CPU's own prefetchers look ahead."""
+    return Shape(4 if steps <= 4 else 8 if steps <= 8 else 16, LANES, 1, False)

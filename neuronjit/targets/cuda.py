@@ -1,0 +1,143 @@
+"""CUDA: compile with CuPy's NVRTC binding, load cubins from memory, launch on torch's current stream.
+
+NVRTC needs no GPU and no driver, so kernels for any GPU can be compiled anywhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from functools import cache
+from typing import Any
+
+import torch
+
+from ..errors import BackendError, CompileError, SpecError
+from ..source import CUDA_BLOCK
+from . import Shape, debug, first_lines, keep_source
+
+# --fmad=false and IEEE division keep spikes bit-identical to the CPU's; the kernels wait for memory, not for these.
+FLAGS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
+_GET_STREAM = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def why_unavailable() -> str | None:
+    """What is missing for launching kernels here, and how to get it; None where nothing is."""
+    try:
+        _nvrtc()
+    except BackendError as error:
+        return str(error)
+    return None if torch.cuda.is_available() else "torch finds no CUDA device (torch.cuda.is_available() is False)"
+
+
+@cache
+def _nvrtc() -> Any:
+    try:
+        from cupy.cuda import nvrtc
+
+        nvrtc.getVersion()
+    except Exception as error:  # CuPy fails in many ways where libraries are missing: all of them mean the same here
+        raise BackendError(
+            f"the cuda target needs CuPy with NVRTC ({type(error).__name__}: {error}). Install it with"
+            " pip install 'neuronjit[cuda12]', or [cuda13] for CUDA 13"
+        ) from None
+    return nvrtc
+
+
+@cache
+def arch(device: int) -> str:
+    """The device's architecture, e.g. "sm_90"."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def check_arch(name: str) -> str:
+    """`name` if it is an architecture such as sm_90 (kernels for it can be compiled here). Raises SpecError."""
+    if not re.fullmatch(r"sm_\d{2,3}[af]?", name):
+        raise SpecError(f"unknown CUDA architecture {ascii(name)[:80]}; expected sm_75, sm_80, sm_90, ...")
+    return name
+
+
+def fingerprint(arch: str) -> dict[str, str]:
+    """All that decides the binary besides the source. Raises BackendError where NVRTC is missing."""
+    version = ".".join(map(str, _nvrtc().getVersion()))
+    return {"target": "cuda", "arch": arch, "compiler": f"nvrtc {version}", "flags": " ".join(FLAGS)}
+
+
+def compile(source: str, symbol: str, arch: str) -> bytes:
+    """A cubin for `arch`, or PTX for the newest architecture that this NVRTC knows where it is older than the GPU.
+
+    Raises CompileError with the compiler's words and the place of the source.
+    """
+    nvrtc = _nvrtc()
+    number = int(re.sub(r"\D", "", arch))
+    known = nvrtc.getSupportedArchs()
+    as_ptx = number > max(known)
+    options = [f"--gpu-architecture={f'compute_{max(known)}' if as_ptx else arch}", *FLAGS]
+    debug(f"nvrtc {' '.join(options)} {symbol}.cu ({keep_source(source, '.cu')})")
+    program = nvrtc.createProgram(source, f"{symbol}.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        return bytes(nvrtc.getPTX(program), "ascii") + b"\0" if as_ptx else bytes(nvrtc.getCUBIN(program))
+    except nvrtc.NVRTCError as error:
+        log = first_lines(nvrtc.getProgramLog(program))
+        raise CompileError(
+            f"NVRTC refused {symbol} ({error}); source: {keep_source(source, '.cu')}\n{' '.join(options)}\n{log}"
+        ) from None
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+class Kernel:
+    """One loaded kernel on one device."""
+
+    def __init__(self, module: int, function: int, lanes: int, device: int, launch: Any) -> None:
+        self._module = module  # never unloaded: a launch may still be queued, or captured in a graph
+        self._function = function
+        self._neurons = lanes * CUDA_BLOCK
+        self._device = device
+        self._launch = launch
+
+    def blocks(self, n: int) -> int:
+        """How many partial sums each summed gradient of a parameter has."""
+        return -(-n // self._neurons)
+
+    def launch(self, packed: bytes, n: int, steps: int) -> None:
+        """Queue the kernel on torch's current stream of its device. `packed` is the argument struct."""
+        pointer = (ctypes.c_char_p * 1)(packed)  # the driver copies the struct from where this points
+        self._launch(
+            self._function, -(-n // self._neurons), 1, 1, CUDA_BLOCK, 1, 1, 0,
+            _GET_STREAM(self._device), ctypes.addressof(pointer), 0,
+        )  # fmt: skip
+
+
+def load(binary: bytes, symbol: str, lanes: int, device: int) -> Kernel:
+    """Load a cubin (or PTX) into the current context of `device`, from memory."""
+    from cupy_backends.cuda.api import driver
+
+    with torch.cuda.device(device):
+        torch.cuda.current_stream()  # creates the primary context, which the driver's calls use
+        module = driver.moduleLoadData(binary)
+        function = driver.moduleGetFunction(module, symbol)
+        spilled = driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function)
+        registers = driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_NUM_REGS, function)
+    debug(f"loaded {symbol} on cuda:{device}: {registers} registers, {spilled} bytes of local memory")
+    return Kernel(module, function, lanes, device, driver.launchKernel)
+
+
+def shape(direction: str, itemsize: int, states: int, sequences: int, n: int, steps: int, aligned: bool) -> Shape:
+    """Lanes, checkpoint distance and loads in flight for `n` neurons and `steps` time steps.
+
+    Measured on an H100: 16-byte accesses pay while there are enough threads to fill the device; with few
+    threads and long chains the next rows must be on their way before the current ones are used.
+    """
+    k = 4 if steps <= 4 else 8 if steps <= 8 else 16
+    if states + sequences > 3:
+        k = min(k, 8)
+    forward = direction == "forward"
+    widest = min(16 // itemsize, 8) if forward else max(8 // itemsize, 1)
+    lanes = 1
+    while lanes < widest and aligned and n % (lanes * 2) == 0 and n // (lanes * 2) >= 132 * 512:
+        lanes *= 2
+    few = n // lanes < 132 * 1024
+    return Shape(k, lanes, k, few and steps > k)

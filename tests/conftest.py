@@ -1,0 +1,55 @@
+"""What every test may rely on: a cache of the session's own, and skips that say why."""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+
+import pytest
+
+PEERS = ("spikingjelly", "snntorch")
+
+
+def pytest_configure(config):
+    """Give the session a cache directory of its own.
+
+    Set here and not in a fixture: so it holds while tests are collected too, for the processes that
+    tests start, and for xdist's workers, who compile each kernel once between them.
+    """
+    if hasattr(config, "workerinput"):
+        return
+    for switch in [name for name in os.environ if name.startswith("NEURONJIT_")]:
+        del os.environ[switch]  # the developer's own settings decide no test
+    config._neuronjit_cache = tempfile.mkdtemp(prefix="neuronjit-tests-")
+    os.environ["NEURONJIT_CACHE_DIR"] = config._neuronjit_cache
+    # Several workers on few cores: threads that wait for the next kernel must not spin.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def pytest_unconfigure(config):
+    if directory := getattr(config, "_neuronjit_cache", None):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _no_cuda():
+    """Why tests marked `cuda` cannot run here, or None."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"needs a CUDA GPU: torch {torch.__version__} finds none"
+    if importlib.util.find_spec("cupy") is None:
+        return "needs CuPy: pip install -e '.[cuda12]'"
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("cuda")]
+    if marked and (reason := _no_cuda()):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+    for item in items:
+        if marker := item.get_closest_marker("peers"):
+            names = marker.args or PEERS
+            if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+                reason = f"needs {' and '.join(missing)} on the Python path"
+                item.add_marker(pytest.mark.skip(reason=reason))
