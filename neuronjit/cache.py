@@ -1,0 +1,225 @@
+"""The kernel cache: verified on every load, published by rename, locked per key, bounded.
+
+It knows keys, metadata, sources and binaries, and nothing of compilers or tensors. No error of it
+ever fails a call: what cannot be read is built, what cannot be written stays in memory, and one
+warning a process and cause tells why.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+from .cachedir import CacheWarning, Folder, Untrusted, env, opened, places, warn_once
+from .cachefile import (
+    HEAD,
+    KEY,
+    SCHEMA,
+    Damaged,
+    Entry,
+    decode,
+    encode,
+    key_of,
+    make_key,
+    read_meta,
+)
+from .cachelock import key_lock
+
+__all__ = [
+    "SCHEMA",
+    "CacheWarning",
+    "Entry",
+    "find",
+    "load",
+    "load_or_build",
+    "make_key",
+    "size_cap",
+]
+
+DEFAULT_SIZE = 1 << 30
+_memory: dict[str, Entry] = {}  # what no directory would take
+_counts: Counter[str] = Counter()
+_counting = threading.Lock()
+_known: dict[
+    str, dict[str, tuple[Any, ...]]
+] = {}  # directory -> key -> (request, target, arch), for find
+_unlisted: dict[str, int] = {}  # directory -> bytes written since it was last tidied
+
+
+def load(key: str) -> Entry | None:
+    """The kernel of this key from the first directory that has it whole and safe, else None."""
+    entry, _ = _lookup(key)
+    _count("misses" if entry is None else "hits")
+    return entry
+
+
+def load_or_build(key: str, build: Callable[[], Entry]) -> Entry:
+    """The kernel of this key: loaded, or built here or by a process that this one waits for.
+
+    What `build` raises passes through and is never remembered. ValueError if it returns an entry
+    whose metadata ("request", "fingerprint") does not make up `key`: none could verify it later.
+    """
+    entry = load(key)
+    if entry is not None:
+        return entry
+    user = _writable()
+    with key_lock(user, key, processes=bool(user)):  # nothing comes of waiting if none can publish
+        entry, reason = _lookup(key)
+        if entry is not None:
+            _count("hits after waiting")
+            return entry
+        entry = build()
+        if not key == entry.key == key_of(entry.meta):
+            raise ValueError(f"the entry built for {key} has {entry.key}, {key_of(entry.meta)}")
+        _count("builds")
+        if reason:
+            _count(f"rebuilds: {reason}")
+        _publish(entry, reason, user)
+    return entry  # one's own bytes: a network file system may hide the new file for a minute
+
+
+def find(request: str, target: str, arch: str) -> Entry | None:
+    """A kernel for this request, target and arch whatever compiler made it, or None.
+
+    For machines without a compiler. The metadata of each file is read once a process.
+    """
+    wanted = (request, target, arch)
+    entry = next((entry for entry in [*_memory.values()] if _triple(entry.meta) == wanted), None)
+    for place in places() if entry is None else ():
+        known = _known.setdefault(place.path, {})
+        with _reporting(place.path), opened(place.path) as folder:
+            for key in folder.keys():  # noqa: SIM118 (a directory, not a dict)
+                if key not in known:
+                    with suppress(OSError, Damaged, Untrusted):
+                        known[key] = _triple(read_meta(folder.read(key, HEAD)[0]))
+                if known.get(key) == wanted and entry is None:
+                    entry, _ = _read(folder, key)
+    _count("misses" if entry is None else "hits")
+    return entry
+
+
+def size_cap() -> int:
+    """Bytes the user's directory may hold: NEURONJIT_CACHE_SIZE (200M, 2G), 1 GiB; 0: no writes."""
+    text = env("NEURONJIT_CACHE_SIZE").strip().upper()
+    if match := re.fullmatch(r"(\d{1,15})([KMGT]?)(?:I?B)?", text, re.ASCII):
+        return int(match[1]) << 10 * " KMGT".index(match[2] or " ")
+    if text:
+        what = f"NEURONJIT_CACHE_SIZE={text!r} is no size such as 200M or 2G; the cap is 1G"
+        warn_once(("NEURONJIT_CACHE_SIZE", text), what)
+    return DEFAULT_SIZE
+
+
+def _lookup(key: str) -> tuple[Entry | None, str]:
+    """The entry, and if there is one that could not be used, why not."""
+    if not KEY.fullmatch(key):
+        raise ValueError(f"a key has 64 hex digits, not {ascii(key)[:80]}")
+    entry, reason = _memory.get(key), ""
+    for place in places() if entry is None else ():
+        with _reporting(place.path), opened(place.path) as folder:
+            entry, why = _read(folder, key)
+            reason = reason or why
+        if entry is not None:
+            break
+    return entry, reason
+
+
+def _read(folder: Folder, key: str) -> tuple[Entry | None, str]:
+    """A verified entry, or why there is none ("" for a plain miss)."""
+    try:
+        data, st = folder.read(key)
+        entry = decode(data, key)
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, Untrusted, Damaged) as error:
+        return None, _report(folder.path, error, key)
+    folder.touch(key, st)
+    _count("bytes read", len(data))
+    return entry, ""
+
+
+def _writable() -> str:
+    """The user's directory, made if need be; "" where nothing can be kept."""
+    for place in places() if size_cap() else ():
+        if place.role == "user":
+            try:
+                with opened(place.path, create=0o700) as folder:
+                    if os.access(".", os.W_OK, dir_fd=folder.fd, effective_ids=True):
+                        return place.path
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            except (OSError, Untrusted) as error:
+                _report(place.path, error)
+    return ""
+
+
+def _publish(entry: Entry, rebuilt: str, user: str) -> None:
+    _memory[entry.key] = entry
+    if not user:
+        return
+    try:
+        if rebuilt:  # for `stats`, of any process
+            entry = replace(entry, meta={**entry.meta, "rebuilt": rebuilt})
+        data, cap = encode(entry), size_cap()
+        if len(data) > cap:
+            raise ValueError(f"a kernel of {len(data)} bytes is larger than all may be ({cap})")
+        with opened(user, create=0o700) as folder:
+            shared = os.fstat(folder.fd).st_mode & 0o020  # trusted, so this is what the user wants
+            folder.write(entry.key, data, 0o660 if shared else 0o600)
+            del _memory[entry.key]
+            _count("bytes written", len(data))
+            _unlisted[user] = _unlisted.get(user, cap) + len(data)
+            if _unlisted[user] > cap // 64:  # the first time, and then not for every one
+                _unlisted[user] = 0
+                folder.tidy(cap, keep=entry.key)
+    except (OSError, Untrusted, ValueError) as error:
+        _report(user, error)
+
+
+@contextmanager
+def _reporting(path: str) -> Iterator[None]:
+    """Turns trouble with a directory into a warning; one that is not there is no trouble."""
+    try:
+        yield
+    except FileNotFoundError:
+        pass
+    except (OSError, Untrusted) as error:
+        _report(path, error)
+
+
+def _report(path: str, error: Exception, key: str = "") -> str:
+    """Warns once a process of each kind of trouble with a directory, and names the kind."""
+    what = f"kernel {key} in {path!r}" if key else f"cache directory {path!r}"
+    kind, then = "unreadable", "compiled kernels stay in memory"
+    if isinstance(error, Untrusted):
+        kind, then = "untrusted", "code in it is not used; see `neuronjit-cache info`"
+    elif isinstance(error, Damaged):
+        kind, then = "damaged", "it is compiled again; see `neuronjit-cache verify`"
+    elif key:
+        then = "it is compiled again"
+    cause = errno.errorcode.get(error.errno or 0, kind) if isinstance(error, OSError) else kind
+    warn_once((path, cause), f"neuronjit cannot use the {what}: {error}; {then}")
+    return kind
+
+
+def _triple(meta: dict[str, Any]) -> tuple[Any, ...]:
+    return meta.get("request"), meta.get("target"), meta.get("arch")
+
+
+def _count(what: str, number: int = 1) -> None:
+    with _counting:
+        _counts[what] += number
+
+
+def _after_fork() -> None:
+    global _counting
+    _counting = threading.Lock()  # another thread may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
