@@ -1,0 +1,230 @@
+"""What the numerical tests share: inputs, a call on the library and on the oracle, comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+import neuronjit as nj
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+# relative error of a gradient; the half types round a float32 number, which may fall one place off
+GRADIENT_TOLERANCE = {
+    torch.float32: 2e-5,
+    torch.float64: 1e-10,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+}
+# relative error of a potential in a model with transcendental functions
+VALUE_TOLERANCE = {
+    torch.float32: 2e-5,
+    torch.float64: 1e-12,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+}
+# a potential this near to the threshold, or to a kink of the surrogate, may fall on either side
+ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-10, torch.float16: 1e-4, torch.bfloat16: 1e-4}
+
+each_device = pytest.mark.parametrize("device", DEVICES)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+each_reset = pytest.mark.parametrize("reset", ["hard", "soft"])
+
+
+@cache
+def library_model(name: str) -> nj.NeuronModel:
+    """The library's model of this name: a built-in one, or made from its equations."""
+    model = oracle.MODELS[name]
+    if model.text is None:
+        return getattr(nj.neurons, name)
+    return nj.NeuronModel(
+        name, model.text, state=dict(model.state), params=dict(model.params), strict=model.strict
+    )
+
+
+def library_surrogate(surrogate: oracle.Surrogate) -> Any:
+    factory = getattr(nj.surrogates, surrogate.name)
+    return factory(**surrogate.params, spiking=surrogate.spiking)
+
+
+def inputs(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0
+) -> Tensor:
+    """x [T, N, *] that fires about every third step; a tenth on a coarse grid, where ties are."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(shape, generator=generator, dtype=torch.float64) * 2.2 - 0.5
+    on_grid = torch.rand(shape, generator=generator) < 0.1
+    return (torch.where(on_grid, (x * 4).round() / 4, x) * scale).to(dtype)
+
+
+def starts(
+    model: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 1
+) -> dict[str, Tensor]:
+    """Initial states around the model's own."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (torch.rand(shape, generator=generator, dtype=torch.float64) * 0.9 - 0.3 + value).to(
+            dtype
+        )
+        for name, value in oracle.MODELS[model].state.items()
+    }
+
+
+def leaf(value: Any, device: str) -> Any:
+    """A copy on `device` that collects its own gradient; numbers stay numbers."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone().to(device).requires_grad_(value.requires_grad)
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor, what: str) -> None:
+    """Equal bit for bit, signs of zeros included; any NaN equals any NaN."""
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), what
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[expected.dtype.itemsize]
+    a, b = actual.detach().cpu().contiguous(), expected.detach().contiguous()
+    same = (a.view(integer) == b.view(integer)) | (a.isnan() & b.isnan())
+    if not same.all():
+        index = tuple((~same).nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what}: {int((~same).sum())} of {same.numel()} differ, "
+            f"first at {index}: {a[index].item()!r}, expected {b[index].item()!r}"
+        )
+
+
+def assert_near(
+    actual: Tensor | None, expected: Tensor | None, tolerance: float, what: str, floor: float = 0.1
+) -> None:
+    """Relative error within `tolerance`, or absolute within it, times `floor` of the largest."""
+    if expected is None or actual is None:
+        present = actual if expected is None else expected
+        assert present is None or not present.any(), (
+            f"{what}: {'unexpected' if expected is None else 'missing'}"
+        )
+        return
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), what
+    a, b = actual.detach().cpu().double(), expected.detach().double()
+    finite = b[b.isfinite()]
+    largest = finite.abs().max().item() if finite.numel() else 0.0
+    torch.testing.assert_close(
+        a,
+        b,
+        rtol=tolerance,
+        atol=tolerance * floor * largest,
+        equal_nan=True,
+        msg=lambda m: f"{what}: {m}",
+    )
+
+
+def robust(result: oracle.Result, surrogate: oracle.Surrogate, dtype: torch.dtype) -> Tensor:
+    """[N, *]: neurons that stay clear of the threshold and the surrogate's kinks all the time."""
+    clear = torch.ones_like(result.distance, dtype=torch.bool)
+    for kink in {0.0, *surrogate.kinks()}:
+        clear &= (result.distance - kink).abs() > ROUNDING[dtype]
+    return (
+        clear.all(0) if clear.shape[0] else torch.ones(result.distance.shape[1:], dtype=torch.bool)
+    )
+
+
+def check(
+    model: str,
+    x: Tensor,
+    state: Mapping[str, Any] | None = None,
+    *,
+    surrogate: oracle.Surrogate | None = None,
+    reset: str = "hard",
+    detach_reset: bool = False,
+    device: str = "cpu",
+    backend: str | None = None,
+    record: Iterable[str] | None = None,
+    arriving: Iterable[str] | None = None,
+    exact: bool | None = None,
+    **params: Any,
+) -> Any:
+    """One call of the library against the oracle: spikes, sequences, last states, every gradient.
+
+    Gradients are taken for each tensor (x, states, parameters) that requires one, from random
+    gradients of the outputs named in `arriving` ("s", "v_last", "v_seq", "h_seq", ...; else all).
+    Returns the library's output.
+    """
+    surrogate = surrogate or oracle.Surrogate("ATan")
+    names = list(oracle.MODELS[model].state)
+    record = [*names, "h"] if record is None else list(record)
+    exact = oracle.MODELS[model].exact if exact is None else exact
+    exact = exact and surrogate.spiking
+    given = {"x": x, **{f"state.{k}": v for k, v in (state or {}).items()}, **params}
+    theirs = {key: leaf(value, "cpu") for key, value in given.items()}
+    ours = {key: leaf(value, device) for key, value in given.items()}
+
+    def unpack(values: dict[str, Any]) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
+        initial = {key[6:]: value for key, value in values.items() if key.startswith("state.")}
+        return values["x"], initial, {key: values[key] for key in params}
+
+    x_theirs, state_theirs, params_theirs = unpack(theirs)
+    want = oracle.run(
+        model,
+        x_theirs,
+        state_theirs,
+        surrogate=surrogate,
+        reset=reset,
+        detach_reset=detach_reset,
+        **params_theirs,
+    )
+    x_ours, state_ours, params_ours = unpack(ours)
+    got = nj.multistep(
+        library_model(model), x_ours, state_ours or None,
+        surrogate=library_surrogate(surrogate), reset=reset,
+        detach_reset=detach_reset, record=tuple(record), backend=backend, **params_ours,
+    )  # fmt: skip
+    expected = {"s": want.spikes}
+    expected |= {f"{n}_last": want.state[n] for n in names} | {
+        f"{n}_seq": want.record[n] for n in record
+    }
+    actual = {"s": got.spikes}
+    actual |= {f"{n}_last": got.state[n] for n in names} | {
+        f"{n}_seq": got.record[n] for n in record
+    }
+    kept = (
+        robust(want, surrogate, x.dtype) if not exact else torch.ones(x.shape[1:], dtype=torch.bool)
+    )
+    assert kept.double().mean() > 0.8 or kept.numel() < 10, (
+        "the inputs of this test sit on the threshold"
+    )
+    for key, value in expected.items():
+        if exact:
+            assert_same_bits(actual[key], value, key)
+        else:
+            mask = kept.expand(value.shape)
+            values = actual[key].detach().cpu() * mask, value * mask
+            tolerance = 0.0 if key == "s" and surrogate.spiking else VALUE_TOLERANCE[x.dtype]
+            assert_near(*values, tolerance, key)
+
+    wanted = [
+        key for key, value in given.items() if isinstance(value, Tensor) and value.requires_grad
+    ]
+    if wanted:
+        generator = torch.Generator().manual_seed(7)
+        weights = {
+            key: torch.randn(value.shape, generator=generator).to(value.dtype) * kept
+            for key, value in expected.items()
+        }
+        arriving = list(expected) if arriving is None else list(arriving)
+        grads = []
+        for outputs, leaves, where in ((actual, ours, device), (expected, theirs, "cpu")):
+            used = [key for key in arriving if outputs[key].requires_grad]
+            grads.append(
+                torch.autograd.grad(
+                    [outputs[key] for key in used], [leaves[key] for key in wanted],
+                    [weights[key].to(where) for key in used], allow_unused=True, retain_graph=True,
+                )
+            )  # fmt: skip
+        for key, mine, reference in zip(wanted, *grads, strict=True):
+            # a parameter's gradient is a sum in another order, so rounding is relative to its terms
+            floor = 0.1 if key == "x" or key.startswith("state.") else 1.0
+            assert_near(mine, reference, GRADIENT_TOLERANCE[x.dtype], f"gradient of {key}", floor)
+    return got
