@@ -12,12 +12,22 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from .cachedir import CacheWarning, Folder, Untrusted, env, opened, places, warn_once
+from .cachedir import (
+    CacheWarning,
+    Folder,
+    Untrusted,
+    env,
+    opened,
+    search_path,
+    user_dir,
+    walk,
+    warn_once,
+)
 from .cachefile import (
     HEAD,
     KEY,
@@ -92,15 +102,15 @@ def find(request: str, target: str, arch: str) -> Entry | None:
     """
     wanted = (request, target, arch)
     entry = next((entry for entry in [*_memory.values()] if _triple(entry.meta) == wanted), None)
-    for place in places() if entry is None else ():
-        known = _known.setdefault(place.path, {})
-        with _reporting(place.path), opened(place.path) as folder:
-            for key in folder.keys():  # noqa: SIM118 (a directory, not a dict)
-                if key not in known:
-                    with suppress(OSError, Damaged, Untrusted):
-                        known[key] = _triple(read_meta(folder.read(key, HEAD)[0]))
-                if known.get(key) == wanted and entry is None:
-                    entry, _ = _read(folder, key)
+    for folder, key in walk(report) if entry is None else ():
+        known = _known.setdefault(folder.path, {})
+        if key not in known:
+            with suppress(OSError, Damaged, Untrusted):
+                known[key] = _triple(read_meta(folder.read(key, HEAD)[0]))
+        if known.get(key) == wanted:
+            entry, _ = _read(folder, key)
+            if entry is not None:
+                break
     _count("misses" if entry is None else "hits")
     return entry
 
@@ -121,10 +131,15 @@ def _lookup(key: str) -> tuple[Entry | None, str]:
     if not KEY.fullmatch(key):
         raise ValueError(f"a key has 64 hex digits, not {ascii(key)[:80]}")
     entry, reason = _memory.get(key), ""
-    for place in places() if entry is None else ():
-        with _reporting(place.path), opened(place.path) as folder:
-            entry, why = _read(folder, key)
-            reason = reason or why
+    for path in search_path() if entry is None else ():
+        try:
+            with opened(path) as folder:
+                entry, why = _read(folder, key)
+                reason = reason or why
+        except FileNotFoundError:
+            continue
+        except (OSError, Untrusted) as error:
+            report(path, error)
         if entry is not None:
             break
     return entry, reason
@@ -138,7 +153,7 @@ def _read(folder: Folder, key: str) -> tuple[Entry | None, str]:
     except FileNotFoundError:
         return None, ""
     except (OSError, Untrusted, Damaged) as error:
-        return None, _report(folder.path, error, key)
+        return None, report(folder.path, error, key)
     folder.touch(key, st)
     _count("bytes read", len(data))
     return entry, ""
@@ -146,16 +161,16 @@ def _read(folder: Folder, key: str) -> tuple[Entry | None, str]:
 
 def _writable() -> str:
     """The user's directory, made if need be; "" where nothing can be kept."""
-    for place in places() if size_cap() else ():
-        if place.role == "user":
-            try:
-                with opened(place.path, create=0o700) as folder:
-                    if os.access(".", os.W_OK, dir_fd=folder.fd, effective_ids=True):
-                        return place.path
+    user = user_dir() if size_cap() else ""
+    try:
+        if user:
+            with opened(user, create=0o700) as folder:
+                if not os.access(".", os.W_OK, dir_fd=folder.fd, effective_ids=True):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            except (OSError, Untrusted) as error:
-                _report(place.path, error)
-    return ""
+        return user
+    except (OSError, Untrusted) as error:
+        report(user, error)
+        return ""
 
 
 def _publish(entry: Entry, rebuilt: str, user: str) -> None:
@@ -178,21 +193,10 @@ def _publish(entry: Entry, rebuilt: str, user: str) -> None:
                 _unlisted[user] = 0
                 folder.tidy(cap, keep=entry.key)
     except (OSError, Untrusted, ValueError) as error:
-        _report(user, error)
+        report(user, error)
 
 
-@contextmanager
-def _reporting(path: str) -> Iterator[None]:
-    """Turns trouble with a directory into a warning; one that is not there is no trouble."""
-    try:
-        yield
-    except FileNotFoundError:
-        pass
-    except (OSError, Untrusted) as error:
-        _report(path, error)
-
-
-def _report(path: str, error: Exception, key: str = "") -> str:
+def report(path: str, error: Exception, key: str = "") -> str:
     """Warns once a process of each kind of trouble with a directory, and names the kind."""
     what = f"kernel {key} in {path!r}" if key else f"cache directory {path!r}"
     kind, then = "unreadable", "compiled kernels stay in memory"
@@ -209,6 +213,11 @@ def _report(path: str, error: Exception, key: str = "") -> str:
 
 def _triple(meta: dict[str, Any]) -> tuple[Any, ...]:
     return meta.get("request"), meta.get("target"), meta.get("arch")
+
+
+def counts() -> dict[str, int]:
+    """What this process did: hits, misses, builds, rebuilds by reason, bytes read and written."""
+    return dict(_counts)
 
 
 def _count(what: str, number: int = 1) -> None:

@@ -13,9 +13,8 @@ import stat
 import struct
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
 
 from .cachefile import KEY, MAX_ENTRY, Damaged
@@ -34,14 +33,6 @@ class CacheWarning(UserWarning):
 
 class Untrusted(Exception):
     """Somebody else could have put code here."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """A directory to search. role: "user" (the one that is written) or "site"."""
-
-    path: str
-    role: str
 
 
 def warn_once(cause: tuple[str, str], text: str) -> None:
@@ -70,21 +61,40 @@ def env(name: str) -> str:
     return "" if other else os.environ.get(name, "")
 
 
-def places() -> list[Place]:
-    """The directories to search, in order: the user's, if there is one, and the sites'."""
+def user_dir() -> str:
+    """The directory that is read and written, "" where there is none."""
     path = os.path.expanduser(env("NEURONJIT_CACHE_DIR"))
-    path = os.path.abspath(path) if path else ""
-    if not path:
-        with suppress(Exception):  # whatever it stumbles over must not end a computation
-            import platformdirs
+    if path:
+        return os.path.abspath(path)
+    with suppress(Exception):  # whatever it stumbles over must not end a computation
+        import platformdirs
 
-            path = platformdirs.user_cache_dir("neuronjit")
-    if not os.path.isabs(path):
-        text = "neuronjit finds no home directory; set NEURONJIT_CACHE_DIR to keep kernels"
-        warn_once(("", "no home"), text)
-    paths = [os.path.expanduser(path) for path in env("NEURONJIT_CACHE_PATH").split(":") if path]
-    sites = [Place(os.path.abspath(path), "site") for path in paths]
-    return [Place(path, "user"), *sites] if os.path.isabs(path) else sites
+        path = platformdirs.user_cache_dir("neuronjit")
+    if os.path.isabs(path):
+        return path
+    text = "neuronjit finds no home directory to keep kernels in; set NEURONJIT_CACHE_DIR"
+    warn_once(("", "no home"), text)
+    return ""
+
+
+def search_path() -> list[str]:
+    """The directories to look into: the user's, then those of the site, which are only read."""
+    sites = env("NEURONJIT_CACHE_PATH").split(":")
+    return [user_dir()] * bool(user_dir()) + [os.path.abspath(site) for site in sites if site]
+
+
+def walk(trouble: Callable[[str, Exception], object]) -> Iterator[tuple[Folder, str]]:
+    """The names of all entries with their open directory; `trouble` hears of what will not open."""
+    for path in search_path():
+        try:
+            with opened(path) as folder:
+                for name in sorted(os.listdir(folder.fd)):
+                    if KEY.fullmatch(name):  # whatever else lies here is nobody's business
+                        yield folder, name
+        except FileNotFoundError:  # noqa: PERF203 (once a directory)
+            continue
+        except (OSError, Untrusted) as error:
+            trouble(path, error)
 
 
 def distrust(st: os.stat_result, *, parent: bool = False) -> str:
@@ -163,22 +173,13 @@ class Folder:
         """The first bytes of a file that nobody else can write. OSError, Untrusted, Damaged."""
         if stat.S_ISLNK(self.stat(name).st_mode):  # to say so; open refuses it in any case
             raise Untrusted(f"{self.path}/{name} is a symbolic link")
-        fd = self.open(name, os.O_RDONLY)
-        try:
-            st = os.fstat(fd)
+        with open(name, "rb", buffering=0, opener=self.open) as file:
+            st = os.fstat(file.fileno())
             if why := distrust(st):
                 raise Untrusted(f"{self.path}/{name} {why}")
             if not stat.S_ISREG(st.st_mode) or st.st_size > MAX_ENTRY:
                 raise Damaged("it is no file, or too large")
-            data = b""
-            while len(data) < min(size, st.st_size):
-                chunk = os.read(fd, min(size, st.st_size) - len(data))
-                if not chunk:
-                    break
-                data = data + chunk if data else chunk
-            return data, st
-        finally:
-            os.close(fd)
+            return file.read(min(size, st.st_size)), st
 
     def touch(self, name: str, st: os.stat_result) -> None:
         """Notes that a file of ours is in use; no error, and no attempt on a read-only disk."""
@@ -190,17 +191,13 @@ class Folder:
     def write(self, name: str, data: bytes, mode: int = 0o600) -> None:
         """Publishes a file: others see all of it or none, and who reads an older one keeps it."""
         temporary = _TEMP + os.urandom(16).hex()  # a process's number repeats across containers
-        fd = self.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
-            try:
+            with open(temporary, "xb", opener=self.open) as file:
                 if mode != 0o600:
-                    os.fchmod(fd, mode)
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[os.write(fd, rest) :]
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+                    os.fchmod(file.fileno(), mode)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         except BaseException:  # an interrupt too leaves nothing behind
             self.unlink(temporary)
@@ -218,31 +215,24 @@ class Folder:
             return True
         return False
 
-    def is_same(self, name: str, fd: int) -> bool:
-        """Whether the open file still has this name."""
-        try:
-            return os.path.samestat(os.fstat(fd), self.stat(name))
-        except FileNotFoundError:
-            return False
-
-    def keys(self) -> list[str]:
-        """The names of entries; whatever else lies here is nobody's business."""
-        return sorted(name for name in os.listdir(self.fd) if KEY.fullmatch(name))
+    def scan(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Every name, but those that other processes remove meanwhile."""
+        for name in os.listdir(self.fd):
+            with suppress(FileNotFoundError):
+                yield name, self.stat(name)
 
     def tidy(self, cap: int, keep: str = "") -> None:
         """Sweeps temporary files of the dead; least recently used entries until the rest fits."""
         with suppress(OSError):
             now = self.stat(keep).st_mtime if keep else time.time()  # the file system's own clock
             entries = []
-            for name in os.listdir(self.fd):
-                with suppress(FileNotFoundError):  # other processes tidy up too
-                    if KEY.fullmatch(name):
-                        st = self.stat(name)
-                        entries.append((st.st_mtime_ns, name, st))
-                    elif name.startswith(_TEMP) and now - self.stat(name).st_mtime > STALE_TEMP_S:
-                        self.unlink(name)
+            for name, st in self.scan():
+                if KEY.fullmatch(name):
+                    entries.append((st.st_mtime_ns, name, st))
+                elif name.startswith(_TEMP) and now - st.st_mtime > STALE_TEMP_S:
+                    self.unlink(name)
             total = sum(st.st_size for _, _, st in entries)
-            goal = cap * 0.9 if total > cap else total  # a tenth more, not to list for each new one
+            goal = cap * 0.9 if total > cap else total  # a tenth more, not to do it again at once
             for _, name, st in sorted(entries, key=lambda entry: entry[:2]):
                 if total > goal and name != keep and self.unlink(name, st):
                     total -= st.st_size

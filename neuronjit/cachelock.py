@@ -7,6 +7,7 @@ a flock lives on in every child that was forked while it was held.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -58,7 +59,7 @@ def _file_lock(name: str, key: str, deadline: float) -> Iterator[None]:
             break
         except Untrusted as error:
             warn_once((path, "untrusted"), f"neuronjit keeps no locks in {path!r}: {error}")
-        except (OSError, ImportError) as error:
+        except OSError as error:
             _log.debug("neuronjit keeps no locks in %r: %s", path, error)
     try:
         yield
@@ -71,18 +72,18 @@ def _file_lock(name: str, key: str, deadline: float) -> Iterator[None]:
 
 def _acquire(folder: Folder, name: str, key: str, deadline: float) -> int | None:
     """The locked file's descriptor, or None once the deadline is over."""
-    import fcntl
-
     start, pause, told = time.monotonic(), 0.002, False
     while True:
         fd, mine, holder = folder.open(name, os.O_RDWR | os.O_CREAT), False, []
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if folder.is_same(name, fd):  # else its last holder has removed it meanwhile
-                record = f"{os.getpid()} {os.uname().nodename}"
-                os.pwrite(fd, record.encode()[:_RECORD].ljust(_RECORD), 0)
-                mine = True
+            record = f"{os.getpid()} {os.uname().nodename}"
+            os.pwrite(fd, record.encode()[:_RECORD].ljust(_RECORD), 0)
+            mine = os.path.samestat(os.fstat(fd), folder.stat(name))
+            if mine:
                 return fd
+        except FileNotFoundError:  # its last holder has removed it meanwhile
+            continue
         except (BlockingIOError, PermissionError):  # held; POSIX allows both answers
             holder = os.pread(fd, _RECORD, 0).decode(errors="replace").split()
         finally:
