@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import functional, neuron_kernel, neurons, surrogates
+from . import engine, functional, neuron_kernel, neurons, surrogates
 from .errors import (
     BackendError,
     BundleError,
@@ -43,6 +43,7 @@ __all__ = [
     "Output",
     "SpecError",
     "Surrogate",
+    "engine",
     "functional",
     "multistep",
     "multistep_eif_ptt",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import stat
-import struct
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -45,14 +44,11 @@ def warn_once(cause: tuple[str, str], text: str) -> None:
 @cache
 def _raised() -> bool:
     """AT_SECURE: this program was given rights that its caller has not (file capabilities)."""
-    try:
-        with open("/proc/self/auxv", "rb") as auxv:
-            pairs = struct.iter_unpack("@LL", auxv.read())
-            return any(kind == 23 and value for kind, value in pairs)
-    except PermissionError:
-        return True
-    except (OSError, struct.error):
-        return False
+    with suppress(OSError, AttributeError):  # no such function but on Linux
+        import ctypes
+
+        return bool(ctypes.CDLL(None).getauxval(23))
+    return False
 
 
 def env(name: str) -> str:

@@ -84,7 +84,7 @@ def _acquire(folder: Folder, name: str, key: str, deadline: float) -> int | None
                 return fd
         except FileNotFoundError:  # its last holder has removed it meanwhile
             continue
-        except (BlockingIOError, PermissionError):  # held; POSIX allows both answers
+        except BlockingIOError:  # held
             holder = os.pread(fd, _RECORD, 0).decode(errors="replace").split()
         finally:
             if not mine:

@@ -33,7 +33,9 @@ def load_kernel(spec: KernelSpec, device: int = 0) -> Any:
     if kernel is None:
         target = targets.by_name(spec.target)
         entry = build(spec, target.arch(key[1]))
-        kernel = _kernels.setdefault(key, target.load(entry.binary, spec.symbol, spec.lanes, key[1]))
+        kernel = _kernels.setdefault(
+            key, target.load(entry.binary, spec.symbol, spec.lanes, key[1])
+        )
     return kernel
 
 
@@ -51,7 +53,9 @@ def build(spec: KernelSpec, arch: str) -> cache.Entry:
 
     try:
         fingerprint = target.fingerprint(arch)
-    except BackendError as error:  # no compiler: any compiler's binary of the very same source will do
+    except (
+        BackendError
+    ) as error:  # no compiler: any compiler's binary of the very same source will do
         entry = cache.find(spec.request, spec.target, arch)
         if entry is None:
             raise BackendError(f"{error}\n{_missing(spec, arch)}") from None

@@ -1,6 +1,6 @@
-"""Equations: parsed from Python syntax, checked, printed as C++, evaluated with torch, differentiated.
+"""Equations: parsed from Python syntax, checked against an allow-list, printed as C++.
 
-A text becomes a tree of `Node`s through an allow-list; everything else in the library sees only the tree.
+A text becomes a tree of `Node`s; everything else in the library sees only the tree.
 """
 
 from __future__ import annotations
@@ -8,9 +8,8 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from .errors import EquationError, known
@@ -32,12 +31,7 @@ _BINARY = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**
 _COMPARE = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!="}
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}", re.ASCII)
 _CPP_WORDS = frozenset(
-    "alignas alignof and and_eq asm auto bitand bitor bool break case catch char char8_t char16_t char32_t class co_await "
-    "co_return co_yield compl concept const const_cast consteval constexpr constinit continue decltype default delete do "
-    "double dynamic_cast else enum explicit export extern false float for friend goto if inline int long mutable namespace "
-    "new noexcept not not_eq nullptr operator or or_eq private protected public real register reinterpret_cast requires "
-    "return short signed sizeof static static_assert static_cast struct switch template this thread_local throw true try "
-    "typedef typeid typename union unsigned using virtual void volatile wchar_t while xor xor_eq".split()
+    ["alignas", "alignof", "and", "and_eq", "asm", "auto", "bitand", "bitor", "bool", "break", "case", "catch", "char", "char8_t", "char16_t", "char32_t", "class", "co_await", "co_return", "co_yield", "compl", "concept", "const", "const_cast", "consteval", "constexpr", "constinit", "continue", "decltype", "default", "delete", "do", "double", "dynamic_cast", "else", "enum", "explicit", "export", "extern", "false", "float", "for", "friend", "goto", "if", "inline", "int", "long", "mutable", "namespace", "new", "noexcept", "not", "not_eq", "nullptr", "operator", "or", "or_eq", "private", "protected", "public", "real", "register", "reinterpret_cast", "requires", "return", "short", "signed", "sizeof", "static", "static_assert", "static_cast", "struct", "switch", "template", "this", "thread_local", "throw", "true", "try", "typedef", "typeid", "typename", "union", "unsigned", "using", "virtual", "void", "volatile", "wchar_t", "while", "xor", "xor_eq"]
 )
 
 
@@ -67,10 +61,12 @@ class Node:
 
 
 def number(value: float) -> Node:
+    """A constant."""
     return Node("number", value=float(value))
 
 
 def name(identifier: str) -> Node:
+    """What a name stands for."""
     return Node("name", value=identifier)
 
 
@@ -86,7 +82,9 @@ class Statement:
 def check_label(label: object, what: str) -> str:
     """Return a model's or surrogate's name if it can be part of a C++ symbol, else raise EquationError."""
     if not isinstance(label, str) or not _NAME.fullmatch(label):
-        raise EquationError(f"{what} {_quote(label)} is not a name: a letter, then up to 63 letters, digits and _ (ASCII)")
+        raise EquationError(
+            f"{what} {_quote(label)} is not a name: a letter, then up to 63 letters, digits and _ (ASCII)"
+        )
     return label
 
 
@@ -94,11 +92,15 @@ def check_name(identifier: object, what: str) -> str:
     """Return the name if it can stand in equations and in C++, else raise EquationError."""
     identifier = check_label(identifier, what)
     if identifier.endswith("_") or "__" in identifier:
-        raise EquationError(f"{what} '{identifier}': names that end in _ or contain __ are kept for the generated code")
+        raise EquationError(
+            f"{what} '{identifier}': names that end in _ or contain __ are kept for the generated code"
+        )
     if identifier in _CPP_WORDS:
         raise EquationError(f"{what} '{identifier}' is a word of C++; choose another name")
     if identifier in FUNCTIONS or identifier in CONSTANTS:
-        raise EquationError(f"{what} '{identifier}' is already a function or constant of the equations")
+        raise EquationError(
+            f"{what} '{identifier}' is already a function or constant of the equations"
+        )
     return identifier
 
 
@@ -151,9 +153,13 @@ def _checked_text(text: object) -> str:
     if not isinstance(text, str):
         raise EquationError(f"equations must be text, got {type(text).__name__}")
     if len(text) > MAX_CHARACTERS:
-        raise EquationError(f"equations of {len(text)} characters; at most {MAX_CHARACTERS} are allowed")
+        raise EquationError(
+            f"equations of {len(text)} characters; at most {MAX_CHARACTERS} are allowed"
+        )
     if not text.isascii() or any(ord(c) < 32 and c not in "\n\t" for c in text):
-        odd = next(i for i, c in enumerate(text) if ord(c) > 126 or (ord(c) < 32 and c not in "\n\t"))
+        odd = next(
+            i for i, c in enumerate(text) if ord(c) > 126 or (ord(c) < 32 and c not in "\n\t")
+        )
         line = text.count("\n", 0, odd) + 1
         raise EquationError(f"line {line}: {_quote(text[odd])}: equations are plain ASCII text")
     return text
@@ -163,10 +169,14 @@ def _parse(text: str, mode: str) -> Any:
     try:
         return ast.parse(text, mode=mode)
     except SyntaxError as error:
-        where = f"line {error.lineno}: {_quote((error.text or '').strip())}: " if error.lineno else ""
+        where = (
+            f"line {error.lineno}: {_quote((error.text or '').strip())}: " if error.lineno else ""
+        )
         raise EquationError(f"{where}{error.msg}") from None
     except (ValueError, RecursionError, MemoryError) as error:
-        raise EquationError(f"equations are too deep or malformed ({type(error).__name__})") from None
+        raise EquationError(
+            f"equations are too deep or malformed ({type(error).__name__})"
+        ) from None
 
 
 def _convert(text: str, root: ast.expr, readable: set[str]) -> Node:
@@ -176,12 +186,14 @@ def _convert(text: str, root: ast.expr, readable: set[str]) -> Node:
         nonlocal count
         count += 1
         if count > MAX_NODES or depth > MAX_DEPTH:
-            raise EquationError(f"line {node.lineno}: expression is too large (over {MAX_NODES} terms or {MAX_DEPTH} levels)")
+            raise EquationError(
+                f"line {node.lineno}: expression is too large (over {MAX_NODES} terms or {MAX_DEPTH} levels)"
+            )
         deeper = depth + 1
         if condition and not isinstance(node, ast.Compare):
             raise _error(text, node, "where() takes a comparison first, such as where(u < 0, a, b)")
         match node:
-            case ast.Constant(value=value) if type(value) in (int, float):
+            case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
                 return _finite(text, node, lambda: float(value))
             case ast.Name(id=identifier):
                 if identifier in CONSTANTS:
@@ -196,18 +208,39 @@ def _convert(text: str, root: ast.expr, readable: set[str]) -> Node:
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
                 pair = convert(left, deeper), convert(right, deeper)
                 return folded(node, Node(_BINARY[type(op)], pair))
-            case ast.Compare(left=left, ops=[op], comparators=[right]) if condition and type(op) in _COMPARE:
+            case ast.Compare(left=left, ops=[op], comparators=[right]) if (
+                condition and type(op) in _COMPARE
+            ):
                 return Node(_COMPARE[type(op)], (convert(left, deeper), convert(right, deeper)))
             case ast.Compare():
-                raise _error(text, node, "a single comparison is allowed, and only as the first argument of where()")
-            case ast.Call(func=ast.Name(id=function), args=args, keywords=[]) if function in FUNCTIONS:
+                raise _error(
+                    text,
+                    node,
+                    "a single comparison is allowed, and only as the first argument of where()",
+                )
+            case ast.Call(func=ast.Name(id=function), args=args, keywords=[]) if (
+                function in FUNCTIONS
+            ):
                 if len(args) != FUNCTIONS[function]:
-                    raise _error(text, node, f"{function}() takes {FUNCTIONS[function]} arguments, got {len(args)}")
+                    raise _error(
+                        text,
+                        node,
+                        f"{function}() takes {FUNCTIONS[function]} arguments, got {len(args)}",
+                    )
                 where = function == "where"
-                return Node(function, tuple(convert(a, deeper, where and i == 0) for i, a in enumerate(args)))
+                return Node(
+                    function,
+                    tuple(convert(a, deeper, where and i == 0) for i, a in enumerate(args)),
+                )
             case ast.Call(func=ast.Name()):
-                raise _error(text, node, f"unknown function, or keywords in its call. {known(FUNCTIONS)}")
-        raise _error(text, node, "only numbers, names, + - * / **, where() and the listed functions are allowed")
+                raise _error(
+                    text, node, f"unknown function, or keywords in its call. {known(FUNCTIONS)}"
+                )
+        raise _error(
+            text,
+            node,
+            "only numbers, names, + - * / **, where() and the listed functions are allowed",
+        )
 
     def folded(node: ast.expr, tree: Node) -> Node:
         """Refuse constant arithmetic that overflows (9**9**9) before a compiler ever sees it."""
@@ -242,7 +275,19 @@ def _finite(text: str, node: ast.expr, value: Callable[[], float]) -> Node:
 
 # --- C++ -----------------------------------------------------------------------------------------
 
-_PRECEDENCE = {"<": 1, "<=": 1, ">": 1, ">=": 1, "==": 1, "!=": 1, "+": 2, "-": 2, "*": 3, "/": 3, "neg": 4}
+_PRECEDENCE = {
+    "<": 1,
+    "<=": 1,
+    ">": 1,
+    ">=": 1,
+    "==": 1,
+    "!=": 1,
+    "+": 2,
+    "-": 2,
+    "*": 3,
+    "/": 3,
+    "neg": 4,
+}
 
 
 def to_cpp(node: Node) -> str:
@@ -294,142 +339,3 @@ def cpp_number(value: float) -> str:
         return f"real({int(value)})" if value >= 0 else f"real({int(value)}.0)"
     short = repr(value)
     return f"real({short})"
-
-
-# --- torch ---------------------------------------------------------------------------------------
-
-
-def evaluate(node: Node, values: Mapping[str, Any], constant: Callable[[float], Any]) -> Any:
-    """Evaluate with torch, one operation a node. `constant` makes a 0-dim tensor of the arithmetic dtype.
-
-    Numbers become tensors because torch may turn a division by a Python number into a multiplication.
-    """
-    import torch
-
-    if node.op == "name":
-        return values[str(node.value)]
-    if node.op == "number":
-        return constant(float(node.value))
-    args = [evaluate(arg, values, constant) for arg in node.args]
-    if small_power(node):
-        return args[0] * args[0] if node.args[1].value == 2.0 else args[0] * args[0] * args[0]
-    return _torch_operations(torch)[node.op](*args)
-
-
-@lru_cache(maxsize=1)
-def _torch_operations(torch: Any) -> dict[str, Callable[..., Any]]:
-    return {
-        "+": torch.add, "-": torch.sub, "*": torch.mul, "/": torch.div, "**": torch.pow, "neg": torch.neg,
-        "<": torch.lt, "<=": torch.le, ">": torch.gt, ">=": torch.ge, "==": torch.eq, "!=": torch.ne,
-        "detach": lambda a: a.detach(),
-        **{f: getattr(torch, f) for f in FUNCTIONS if f != "detach"},
-    }  # fmt: skip
-
-
-# --- derivatives ---------------------------------------------------------------------------------
-
-_ZERO, _ONE = number(0), number(1)
-
-
-def derivative(node: Node, variable: str) -> Node:
-    """d node / d variable, with zeros and ones folded away."""
-    if node.op == "name":
-        return _ONE if node.value == variable else _ZERO
-    if node.op in ("number", "detach", "sign") or variable not in node.names():
-        return _ZERO
-    a, *rest = node.args
-    if node.op == "where":
-        return _where(a, derivative(rest[0], variable), derivative(rest[1], variable))
-    parts = [derivative(arg, variable) for arg in node.args]
-    slopes = _PARTIALS[node.op](node, *node.args)
-    return add(multiply(slope, part) for slope, part in zip(slopes, parts, strict=True) if not _is(part, 0))
-
-
-def _is(node: Node, value: float) -> bool:
-    return node.op == "number" and node.value == value
-
-
-def add(terms: Iterable[Node]) -> Node:
-    total = _ZERO
-    for term in terms:
-        if _is(term, 0):
-            continue
-        if _is(total, 0):
-            total = term
-        elif term.op == "neg":
-            total = Node("-", (total, term.args[0]))
-        else:
-            total = Node("+", (total, term))
-    return total
-
-
-def multiply(a: Node, b: Node) -> Node:
-    if _is(a, 0) or _is(b, 0):
-        return _ZERO
-    if _is(a, 1):
-        return b
-    if _is(b, 1):
-        return a
-    if _is(a, -1):
-        return negate(b)
-    if _is(b, -1):
-        return negate(a)
-    if a.op == "neg":
-        return negate(multiply(a.args[0], b))
-    if b.op == "neg":
-        return negate(multiply(a, b.args[0]))
-    if a.op == "/" and _is(a.args[0], 1):  # (1 / y) * b is better as b / y
-        return Node("/", (b, a.args[1]))
-    return Node("*", (a, b))
-
-
-def negate(a: Node) -> Node:
-    if a.op == "neg":
-        return a.args[0]
-    return number(-float(a.value)) if a.op == "number" else Node("neg", (a,))
-
-
-def _where(condition: Node, a: Node, b: Node) -> Node:
-    return a if a == b else Node("where", (condition, a, b))
-
-
-def _over(a: Node, b: Node) -> Node:
-    return Node("/", (a, b))
-
-
-def _power_slopes(n: Node, a: Node, b: Node) -> Sequence[Node]:
-    lower = number(float(b.value) - 1) if b.op == "number" else Node("-", (b, _ONE))
-    by_base = multiply(b, a if _is(lower, 1) else Node("**", (a, lower)))
-    # as torch: d/db of a**b is 0 where a is 0
-    by_exponent = Node("where", (Node("==", (a, _ZERO)), _ZERO, multiply(n, Node("log", (a,)))))
-    return by_base, by_exponent
-
-
-def _choice(a: Node, b: Node, op: str) -> Sequence[Node]:
-    """Slopes of minimum and maximum: one half each at a tie, as torch."""
-    tie = number(0.5)
-    first = Node("where", (Node(op, (a, b)), _ONE, Node("where", (Node("==", (a, b)), tie, _ZERO))))
-    second = Node("where", (Node(op, (b, a)), _ONE, Node("where", (Node("==", (a, b)), tie, _ZERO))))
-    return first, second
-
-
-_PARTIALS: dict[str, Callable[..., Sequence[Node]]] = {
-    "+": lambda n, a, b: (_ONE, _ONE),
-    "-": lambda n, a, b: (_ONE, negate(_ONE)),
-    "neg": lambda n, a: (negate(_ONE),),
-    "*": lambda n, a, b: (b, a),
-    "/": lambda n, a, b: (_over(_ONE, b), negate(_over(n, b))),
-    "**": _power_slopes,
-    "exp": lambda n, a: (n,),
-    "log": lambda n, a: (_over(_ONE, a),),
-    "sqrt": lambda n, a: (_over(number(0.5), n),),
-    "tanh": lambda n, a: (Node("-", (_ONE, multiply(n, n))),),
-    "sigmoid": lambda n, a: (multiply(n, Node("-", (_ONE, n))),),
-    "sin": lambda n, a: (Node("cos", (a,)),),
-    "cos": lambda n, a: (negate(Node("sin", (a,))),),
-    "atan": lambda n, a: (_over(_ONE, Node("+", (_ONE, multiply(a, a)))),),
-    "erf": lambda n, a: (multiply(number(2 / math.sqrt(math.pi)), Node("exp", (negate(multiply(a, a)),))),),
-    "abs": lambda n, a: (Node("sign", (a,)),),
-    "minimum": lambda n, a, b: _choice(a, b, "<"),
-    "maximum": lambda n, a, b: _choice(a, b, ">"),
-}

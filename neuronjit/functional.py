@@ -17,12 +17,19 @@ from .multistep import Output, multistep
 Number = float | Tensor
 
 
-def _run(model: neurons.NeuronModel, x_seq: Tensor, state: dict[str, Any], **options: Any) -> Output:
+def _run(
+    model: neurons.NeuronModel, x_seq: Tensor, state: dict[str, Any], **options: Any
+) -> Output:
     return multistep(model, x_seq, {k: v for k, v in state.items() if v is not None}, **options)
 
 
 def if_(
-    x_seq: Tensor, v: Number | None = None, *, v_threshold: Number = 1.0, v_reset: Number | None = 0.0, **options: Any
+    x_seq: Tensor,
+    v: Number | None = None,
+    *,
+    v_threshold: Number = 1.0,
+    v_reset: Number | None = 0.0,
+    **options: Any,
 ) -> Output:
     """Integrate-and-fire: h = v + x."""
     return _run(neurons.IF, x_seq, {"v": v}, v_threshold=v_threshold, v_reset=v_reset, **options)
@@ -40,7 +47,9 @@ def lif(
 ) -> Output:
     """Leaky integrate-and-fire: h = v + (x - (v - v_reset)) / tau, or v - (v - v_reset) / tau + x."""
     model = neurons.LIF if decay_input else neurons.LIF_NO_DECAY
-    return _run(model, x_seq, {"v": v}, tau=tau, v_threshold=v_threshold, v_reset=v_reset, **options)
+    return _run(
+        model, x_seq, {"v": v}, tau=tau, v_threshold=v_threshold, v_reset=v_reset, **options
+    )
 
 
 def plif(
@@ -55,7 +64,15 @@ def plif(
 ) -> Output:
     """LIF with 1 / tau as a (learnable) factor (Fang et al. 2021, arXiv:2007.05785)."""
     model = neurons.PLIF if decay_input else neurons.PLIF_NO_DECAY
-    return _run(model, x_seq, {"v": v}, reciprocal_tau=reciprocal_tau, v_threshold=v_threshold, v_reset=v_reset, **options)
+    return _run(
+        model,
+        x_seq,
+        {"v": v},
+        reciprocal_tau=reciprocal_tau,
+        v_threshold=v_threshold,
+        v_reset=v_reset,
+        **options,
+    )
 
 
 def qif(
@@ -82,7 +99,7 @@ def eif(
     v: Number | None = None,
     *,
     tau: Number = 2.0,
-    delta_T: Number = 1.0,  # noqa: N803 -- the field's symbol
+    delta_T: Number = 1.0,
     theta_rh: Number = 0.8,
     v_threshold: Number = 1.0,
     v_rest: Number = 0.0,

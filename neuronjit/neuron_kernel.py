@@ -128,7 +128,7 @@ def multistep_eif_ptt(
     v_reset: Number | None,
     v_rest: Number,
     theta_rh: Number,
-    delta_T: Number,  # noqa: N803 -- the field's symbol
+    delta_T: Number,
     detach_reset: bool,
     surrogate_function: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,7 +138,11 @@ def multistep_eif_ptt(
         detach_reset=detach_reset, surrogate=surrogate_function, record=("v", "h"),
     )  # fmt: skip
     first = v_init.to(x_seq.dtype) if isinstance(v_init, Tensor) else x_seq.new_tensor(v_init)
-    return out.spikes, torch.cat([first.expand(x_seq.shape[1:])[None], out.record["v"]]), out.record["h"]
+    return (
+        out.spikes,
+        torch.cat([first.expand(x_seq.shape[1:])[None], out.record["v"]]),
+        out.record["h"],
+    )
 
 
 SEED_NEURONS = ("if", "lif", "plif", "qif", "izhikevich", "eif")
@@ -178,8 +182,12 @@ def save_cuda_codes(
         path.mkdir(parents=True, exist_ok=True)
         for spec in specs:
             Path(path, f"{spec.symbol}.cu").write_text(render_specs([spec]), encoding="ascii")
-        listing = [{"symbol": s.symbol, "file": f"{s.symbol}.cu", "request": s.request} for s in specs]
-        Path(path, "manifest.json").write_text(json.dumps({"kernels": listing}, indent=1) + "\n", encoding="ascii")
+        listing = [
+            {"symbol": s.symbol, "file": f"{s.symbol}.cu", "request": s.request} for s in specs
+        ]
+        Path(path, "manifest.json").write_text(
+            json.dumps({"kernels": listing}, indent=1) + "\n", encoding="ascii"
+        )
     else:
         contents = "".join(f"//   {spec.symbol}\n" for spec in specs)
         text = f"// neuronjit: {len(specs)} kernels\n{contents}\n{render_specs(specs)}"
@@ -199,16 +207,37 @@ def _export(
     decays = tuple(decay_inputs)
     if not isinstance(models, str):
         models = list(models)
-    specs: dict[KernelSpec, None] = {}  # a dictionary, because choices that a kernel ignores give it again
+    specs: dict[
+        KernelSpec, None
+    ] = {}  # a dictionary, because choices that a kernel ignores give it again
     for given in [models] if isinstance(models, str) else models:
         model = neurons.as_model(given)
         variants = [model] if True in decays or model not in _NO_DECAY else []
         variants += [_NO_DECAY[model]] if False in decays and model in _NO_DECAY else []
-        for variant, direction, dtype, reset in itertools.product(variants, directions, dtypes, resets):
-            learned = ("reciprocal_tau",) if "reciprocal_tau" in variant.params and direction == "backward" else ()
+        for variant, direction, dtype, reset in itertools.product(
+            variants, directions, dtypes, resets
+        ):
+            learned = (
+                ("reciprocal_tau",)
+                if "reciprocal_tau" in variant.params and direction == "backward"
+                else ()
+            )
             for surrogate, detach in itertools.product(surrogates, detach_resets):
-                surrogate = surrogate_by_name(surrogate) if isinstance(surrogate, str) else surrogate
-                spec = spec_of(variant, "cuda", direction, surrogate, reset, detach, dtype, learned=learned, steps=4, loads=4)
+                surrogate = (
+                    surrogate_by_name(surrogate) if isinstance(surrogate, str) else surrogate
+                )
+                spec = spec_of(
+                    variant,
+                    "cuda",
+                    direction,
+                    surrogate,
+                    reset,
+                    detach,
+                    dtype,
+                    learned=learned,
+                    steps=4,
+                    loads=4,
+                )
                 specs[spec] = None
     if not specs:
         raise SpecError(f"these choices leave no kernel to write. {known(SEED_NEURONS)}")

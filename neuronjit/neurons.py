@@ -11,7 +11,12 @@ from typing import Any
 from .errors import EquationError, InputTypeError, SpecError, known
 from .expressions import Node, Statement, check_label, check_name, name, number, parse_block
 
-_RESERVED = {"x": "the input", "s": "the spike", "h": "the charged membrane potential", "theta": "the threshold"}
+_RESERVED = {
+    "x": "the input",
+    "s": "the spike",
+    "h": "the charged membrane potential",
+    "theta": "the threshold",
+}
 
 
 class NeuronModel:
@@ -47,19 +52,29 @@ class NeuronModel:
         self.equations = equations
         self.state = {check_name(k, "state"): _number(k, v) for k, v in state.items()}
         defaults = {"v_threshold": 1.0, "v_reset": 0.0}
-        self.params = {check_name(k, "parameter"): _number(k, v) for k, v in {**(params or {})}.items()}
+        self.params = {
+            check_name(k, "parameter"): _number(k, v) for k, v in {**(params or {})}.items()
+        }
         self.params.update({k: v for k, v in defaults.items() if k not in self.params})
         self.strict = bool(strict)
         self.positive = frozenset(positive)
         for key in [*self.state, *self.params]:
             if key in _RESERVED:
-                raise EquationError(f"model '{name}': '{key}' is {_RESERVED[key]}; it cannot be a state or a parameter")
+                raise EquationError(
+                    f"model '{name}': '{key}' is {_RESERVED[key]}; it cannot be a state or a parameter"
+                )
         if "v" not in self.state:
-            raise EquationError(f"model '{name}': the membrane potential 'v' must be one of the states {list(self.state)}")
+            raise EquationError(
+                f"model '{name}': the membrane potential 'v' must be one of the states {list(self.state)}"
+            )
         if both := self.state.keys() & self.params.keys():
-            raise EquationError(f"model '{name}': {sorted(both)} cannot be both a state and a parameter")
+            raise EquationError(
+                f"model '{name}': {sorted(both)} cannot be both a state and a parameter"
+            )
         if unknown := self.positive - self.params.keys():
-            raise EquationError(f"model '{name}': positive names {sorted(unknown)}. {known(self.params)}")
+            raise EquationError(
+                f"model '{name}': positive names {sorted(unknown)}. {known(self.params)}"
+            )
         self.statements = _check_block(self, parse_block(equations, self._readable()))
         self.own_reset = any(s.target == "v" for s in self.statements)
         self._identity = (
@@ -71,7 +86,9 @@ class NeuronModel:
         return {"x", "s", "theta", *self.state, *self.params}
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, NeuronModel) and self._identity == other._identity)
+        return self is other or (
+            isinstance(other, NeuronModel) and self._identity == other._identity
+        )
 
     def __hash__(self) -> int:
         return self._hash
@@ -98,8 +115,14 @@ def program(model: NeuronModel, reset: str, detach_reset: bool) -> Program:
 
     def assign(target: str, expression: Node, line: int = 0) -> None:
         count[target] = count.get(target, target in model.state) + 1
-        fresh = target if count[target] == 1 else f"new{count[target] - 1 if count[target] > 2 else ''}_{target}_"
-        statements.append(Statement(fresh, expression.substitute({k: name(v) for k, v in current.items()}), line))
+        fresh = (
+            target
+            if count[target] == 1
+            else f"new{count[target] - 1 if count[target] > 2 else ''}_{target}_"
+        )
+        statements.append(
+            Statement(fresh, expression.substitute({k: name(v) for k, v in current.items()}), line)
+        )
         current[target] = fresh
 
     def fire() -> None:
@@ -139,34 +162,60 @@ def _check_block(model: NeuronModel, statements: tuple[Statement, ...]) -> tuple
     fired = False
     own_theta = any(s.target == "theta" for s in statements)
     for statement in statements:
-        reads, target, where = statement.expression.names(), statement.target, f"line {statement.line}: "
+        reads, target, where = (
+            statement.expression.names(),
+            statement.target,
+            f"line {statement.line}: ",
+        )
         fired = fired or "s" in reads
         if "s" in reads and "h" not in assigned:
-            raise EquationError(f"{where}'s' is read before 'h' is assigned, so the neuron cannot fire yet")
+            raise EquationError(
+                f"{where}'s' is read before 'h' is assigned, so the neuron cannot fire yet"
+            )
         if "theta" in reads and own_theta and "theta" not in assigned:
             raise EquationError(f"{where}'theta' is read before it is assigned")
         if target in ("x", "s") or target in model.params:
             what = _RESERVED.get(target, "a parameter")
             raise EquationError(f"{where}'{target}' is {what}; it cannot be assigned")
         if target in ("h", "theta") and fired:
-            raise EquationError(f"{where}'{target}' is assigned after the neuron fired (the first statement that reads 's')")
+            raise EquationError(
+                f"{where}'{target}' is assigned after the neuron fired (the first statement that reads 's')"
+            )
         assigned.add(target)
     if "h" not in assigned:
-        raise EquationError(f"model '{model.name}': 'h', the charged membrane potential, is never assigned")
+        raise EquationError(
+            f"model '{model.name}': 'h', the charged membrane potential, is never assigned"
+        )
     return statements
 
 
 # The six models of SpikingJelly's CuPy kernels, in their order of operations. With soft reset v_reset is 0.
 IF = NeuronModel("if", "h = v + x", state=dict(v=0.0))
-LIF = NeuronModel("lif", "h = v + (x - (v - v_reset)) / tau", state=dict(v=0.0), params=dict(tau=2.0), positive=["tau"])
+LIF = NeuronModel(
+    "lif",
+    "h = v + (x - (v - v_reset)) / tau",
+    state=dict(v=0.0),
+    params=dict(tau=2.0),
+    positive=["tau"],
+)
 LIF_NO_DECAY = NeuronModel(  # decay_input=False: the input is not divided by tau
-    "lif_no_decay", "h = v - (v - v_reset) / tau + x", state=dict(v=0.0), params=dict(tau=2.0), positive=["tau"]
+    "lif_no_decay",
+    "h = v - (v - v_reset) / tau + x",
+    state=dict(v=0.0),
+    params=dict(tau=2.0),
+    positive=["tau"],
 )
 PLIF = NeuronModel(  # Fang et al. 2021, arXiv:2007.05785: LIF with a learnable 1 / tau
-    "plif", "h = v + (x - (v - v_reset)) * reciprocal_tau", state=dict(v=0.0), params=dict(reciprocal_tau=0.5)
+    "plif",
+    "h = v + (x - (v - v_reset)) * reciprocal_tau",
+    state=dict(v=0.0),
+    params=dict(reciprocal_tau=0.5),
 )
 PLIF_NO_DECAY = NeuronModel(
-    "plif_no_decay", "h = v - (v - v_reset) * reciprocal_tau + x", state=dict(v=0.0), params=dict(reciprocal_tau=0.5)
+    "plif_no_decay",
+    "h = v - (v - v_reset) * reciprocal_tau + x",
+    state=dict(v=0.0),
+    params=dict(reciprocal_tau=0.5),
 )
 QIF = NeuronModel(  # Gerstner et al. 2014, Neuronal Dynamics, section 5.3
     "qif",
@@ -182,15 +231,17 @@ EIF = NeuronModel(  # Fourcaud-Trocme et al. 2003; Neuronal Dynamics, section 5.
     params=dict(tau=2.0, delta_T=1.0, theta_rh=0.8, v_rest=0.0, v_reset=-0.1),
     positive=["tau", "delta_T"],
 )
-IZHIKEVICH = NeuronModel(  # Izhikevich 2003 in SpikingJelly's form: QIF with an adaptation variable w
-    "izhikevich",
-    """
+IZHIKEVICH = (
+    NeuronModel(  # Izhikevich 2003 in SpikingJelly's form: QIF with an adaptation variable w
+        "izhikevich",
+        """
     h = v + (x + a0 * (v - v_rest) * (v - v_c) - w) / tau
     w = w + (a * (h - v_rest) - w) / tau_w + b * s
     """,
-    state=dict(v=0.0, w=0.0),
-    params=dict(tau=2.0, v_c=0.8, a0=1.0, v_rest=-0.1, tau_w=2.0, a=0.0, b=0.0),
-    positive=["tau", "a0", "tau_w"],
+        state=dict(v=0.0, w=0.0),
+        params=dict(tau=2.0, v_c=0.8, a0=1.0, v_rest=-0.1, tau_w=2.0, a=0.0, b=0.0),
+        positive=["tau", "a0", "tau_w"],
+    )
 )
 Izhikevich = IZHIKEVICH
 
@@ -211,4 +262,6 @@ def as_model(given: Any) -> NeuronModel:
         return given
     if isinstance(given, str):
         return by_name(given)
-    raise InputTypeError(f"model must be a neuronjit.NeuronModel or the name of one, got {type(given).__name__}")
+    raise InputTypeError(
+        f"model must be a neuronjit.NeuronModel or the name of one, got {type(given).__name__}"
+    )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .expressions import evaluate
+from .expressions import FUNCTIONS, Node, small_power
 from .neurons import NeuronModel, program
 from .surrogates import Surrogate
 
@@ -66,11 +66,36 @@ def run(
                 now["s"] = _surrogate(surrogate, surrogate.primitive_tree, h - theta)
             else:
                 h, theta = torch.broadcast_tensors(h, theta)
-                now["s"] = _Spike.apply(h, theta, model.strict, surrogate)
+                now["s"] = _Spike.apply(h, theta, model.strict, surrogate)  # type: ignore[no-untyped-call]
         known.update({z: now[last].expand(x.shape) for z, last in steps.final.items()})
         for name, sequence in outputs.items():
             value = now["s"] if name == "s" else now[steps.h] if name == "h" else known[name]
             sequence.append(value.expand(x.shape).to(x_seq.dtype))
     # with T = 0 there is nothing to stack: the empty sequence that still has x_seq's gradient
-    stacked = {name: torch.stack(sequence) if sequence else x_seq * 0 for name, sequence in outputs.items()}
+    stacked = {
+        name: torch.stack(sequence) if sequence else x_seq * 0 for name, sequence in outputs.items()
+    }
     return stacked.pop("s"), {z: known[z].clone() for z in model.state}, stacked
+
+
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "+": torch.add, "-": torch.sub, "*": torch.mul, "/": torch.div, "**": torch.pow,
+    "neg": torch.neg, "detach": torch.Tensor.detach,
+    "<": torch.lt, "<=": torch.le, ">": torch.gt, ">=": torch.ge, "==": torch.eq, "!=": torch.ne,
+    **{f: getattr(torch, f) for f in FUNCTIONS if f != "detach"},
+}  # fmt: skip
+
+
+def evaluate(node: Node, values: Mapping[str, Any], constant: Callable[[float], Any]) -> Any:
+    """Evaluate with torch, one operation a node. `constant` makes a 0-dim tensor of the arithmetic dtype.
+
+    Numbers become tensors because torch may turn a division by a Python number into a multiplication.
+    """
+    if node.op == "name":
+        return values[str(node.value)]
+    if node.op == "number":
+        return constant(float(node.value))
+    args = [evaluate(arg, values, constant) for arg in node.args]
+    if small_power(node):
+        return args[0] * args[0] if node.args[1].value == 2.0 else args[0] * args[0] * args[0]
+    return _OPERATIONS[node.op](*args)

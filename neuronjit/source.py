@@ -12,8 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .derivatives import add, derivative, multiply, negate
 from .errors import SpecError, known
-from .expressions import Node, Statement, add, derivative, multiply, name, negate, number, to_cpp
+from .expressions import Node, Statement, name, number, to_cpp
 from .neurons import NeuronModel, as_model, program
 from .surrogates import ATan, Surrogate, as_surrogate
 
@@ -38,14 +39,21 @@ class KernelSpec:
     detach_reset: bool = False
     per_neuron: tuple[str, ...] = ()  # parameters that differ between neurons
     learned: tuple[str, ...] = ()  # backward: parameters whose gradient is wanted
-    sequences: tuple[str, ...] = ()  # forward: recorded besides s; backward: those whose gradient arrives
+    sequences: tuple[
+        str, ...
+    ] = ()  # forward: recorded besides s; backward: those whose gradient arrives
     steps: int = 16  # K: steps between checkpoints, recomputed together
     lanes: int = 1  # neurons handled together
     loads: int = 1  # forward: rows of x on their way before the first is used
     prefetch: bool = False  # load the rows of the next steps before the current ones are used
 
     def __post_init__(self) -> None:
-        for field, allowed in (("target", TARGETS), ("direction", DIRECTIONS), ("dtype", STORAGE), ("reset", RESETS)):
+        for field, allowed in (
+            ("target", TARGETS),
+            ("direction", DIRECTIONS),
+            ("dtype", STORAGE),
+            ("reset", RESETS),
+        ):
             if (given := getattr(self, field)) not in allowed:
                 raise SpecError(f"unknown {field} {ascii(given)[:80]}. {known(allowed)}")
 
@@ -61,7 +69,11 @@ class KernelSpec:
         parts += ["detached"] if self.detach_reset else []
         parts += [self.surrogate.name] if self.surrogate else []
         parts += [] if self.spiking else ["smooth"]
-        for word, names in (("per", self.per_neuron), ("learn", self.learned), ("seq", self.sequences)):
+        for word, names in (
+            ("per", self.per_neuron),
+            ("learn", self.learned),
+            ("seq", self.sequences),
+        ):
             parts += [f"{word}_{'_'.join(names)}"] if names else []
         parts += [f"k{self.steps}", f"l{self.lanes}", f"r{self.loads}"]
         parts += ["ahead"] if self.prefetch else []
@@ -71,7 +83,11 @@ class KernelSpec:
     def request(self) -> str:
         """Digest of all that decides the rendered text, found without rendering it."""
         described: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        described["model"] = repr(self.model._identity[:2]) + repr([*self.model.state]) + repr(self.model.params.keys())
+        described["model"] = (
+            repr(self.model._identity[:2])
+            + repr([*self.model.state])
+            + repr(self.model.params.keys())
+        )
         described["model"] += repr(self.model.strict)
         described["surrogate"] = self.surrogate and repr(self.surrogate._identity)
         text = json.dumps([described, _renderer()], sort_keys=True)
@@ -82,7 +98,7 @@ class KernelSpec:
 def _renderer() -> str:
     """Digest of the code and the templates that render: when they change, so may every text."""
     digest = hashlib.sha256(metadata.version("jinja2").encode())
-    for file in ("expressions.py", "neurons.py", "source.py"):
+    for file in ("expressions.py", "derivatives.py", "neurons.py", "source.py"):
         digest.update(pkgutil.get_data(__package__, file) or b"")
     for template in sorted(templates().glob("*.j2")):
         digest.update(template.name.encode() + b"\0" + template.read_bytes())
@@ -108,24 +124,35 @@ class Field:
 
 def arguments(spec: KernelSpec) -> list[Field]:
     """The argument struct, in the order in which `multistep` packs it: pointers, counts, numbers, T."""
-    states, params, forward = list(spec.model.state), list(spec.model.params), spec.direction == "forward"
+    states, params, forward = (
+        list(spec.model.state),
+        list(spec.model.params),
+        spec.direction == "forward",
+    )
     pointers = ["const storage* x_"]
     if forward:
         pointers += ["storage* s_", *(f"storage* {n}_seq_" for n in spec.sequences)]
         pointers += [f"real* {z}_last_" for z in states] + ["real* checkpoints_"]
     else:
         pointers += ["storage* x_grad_", *(f"const storage* {n}_dseq_" for n in spec.sequences)]
-        pointers += [f"const real* {z}_dlast_" for z in states] + [f"real* {z}_grad_" for z in states]
+        pointers += [f"const real* {z}_dlast_" for z in states] + [
+            f"real* {z}_grad_" for z in states
+        ]
         pointers += ["const real* checkpoints_"]
         pointers += [f"real* {p}_grad_" for p in spec.learned if p in spec.per_neuron]
     pointers += ["real* partials_"]
     pointers += [f"const real* {n}_ptr_" for n in [*states, *params]]
-    counts = [f"long long {p}_{w}_" for p in spec.per_neuron for w in ("inner", "count")] + ["long long N_"]
-    reals = [f"real {n}_value_" for n in [*states, *(p for p in params if p not in spec.per_neuron)]]
+    counts = [f"long long {p}_{w}_" for p in spec.per_neuron for w in ("inner", "count")] + [
+        "long long N_"
+    ]
+    reals = [
+        f"real {n}_value_" for n in [*states, *(p for p in params if p not in spec.per_neuron)]
+    ]
     reals += [f"real {p}_sg_" for p in surrogate_arguments(spec)]
     number_code = "d" if spec.dtype == "float64" else "f"
     text_codes = [(pointers, "Q"), (counts, "q"), (reals, number_code), (["int T_"], "i")]
-    return [Field(*text.rsplit(" ", 1), code) for texts, code in text_codes for text in texts]
+    declared = [(text.rpartition(" "), code) for texts, code in text_codes for text in texts]
+    return [Field(ctype, name, code) for (ctype, _, name), code in declared]
 
 
 def surrogate_arguments(spec: KernelSpec) -> list[str]:
@@ -158,7 +185,12 @@ def render(
         SpecError: an unknown name, and which are known.
     """
     directions = ("forward", "backward") if direction is None else (direction,)
-    return render_specs([spec_of(model, target, d, surrogate, reset, detach_reset, dtype, **options) for d in directions])
+    return render_specs(
+        [
+            spec_of(model, target, d, surrogate, reset, detach_reset, dtype, **options)
+            for d in directions
+        ]
+    )
 
 
 def spec_of(
@@ -174,7 +206,9 @@ def spec_of(
     """The spec that a call with these choices would select, its sizes apart."""
     model, surrogate = as_model(model), as_surrogate(surrogate)
     if unknown := options.keys() - {f.name for f in fields(KernelSpec)}:
-        raise SpecError(f"unknown option {sorted(unknown)}. {known(f.name for f in fields(KernelSpec))}")
+        raise SpecError(
+            f"unknown option {sorted(unknown)}. {known(f.name for f in fields(KernelSpec))}"
+        )
     backward = direction == "backward"
     if backward:
         options.setdefault("sequences", ("s",))
@@ -216,7 +250,9 @@ def _environment() -> Any:
 def _squeeze(text: str) -> str:
     """Drop the empty lines that macros leave behind."""
     lines = text.split("\n")
-    return "\n".join(line for i, line in enumerate(lines) if line.strip() or (i and lines[i - 1].strip()))
+    return "\n".join(
+        line for i, line in enumerate(lines) if line.strip() or (i and lines[i - 1].strip())
+    )
 
 
 def _context(spec: KernelSpec) -> dict[str, Any]:
@@ -241,11 +277,16 @@ def _surrogate_functions(spec: KernelSpec) -> list[dict[str, str]]:
     functions: list[tuple[str, Node, str]] = []
     surrogate = spec.surrogate
     if surrogate and not spec.spiking and surrogate.primitive_tree:
-        functions.append(("smooth_spike_", surrogate.primitive_tree, "the smooth spike at u = h - theta"))
+        functions.append(
+            ("smooth_spike_", surrogate.primitive_tree, "the smooth spike at u = h - theta")
+        )
     if surrogate and spec.direction == "backward":
         tree = surrogate.derivative_tree if spec.spiking else surrogate.smooth_derivative_tree
         functions.append(("slope_", tree, "ds/du at u = h - theta"))
-    return [{"name": n, "body": to_cpp(tree), "comment": f"{surrogate and surrogate.name}: {c}"} for n, tree, c in functions]
+    return [
+        {"name": n, "body": to_cpp(tree), "comment": f"{surrogate and surrogate.name}: {c}"}
+        for n, tree, c in functions
+    ]
 
 
 def _needed(statements: Sequence[Statement], outputs: set[str]) -> list[Statement]:
@@ -288,7 +329,9 @@ def _adjoint(spec: KernelSpec) -> list[str]:
     """
     lowered = program(spec.model, spec.reset, spec.detach_reset)
     terms: dict[str, list[Node]] = {}
-    lines: list[tuple[str, Node | str, set[str]]] = []  # text before the expression, the expression, what it reads
+    lines: list[
+        tuple[str, Node | str, set[str]]
+    ] = []  # text before the expression, the expression, what it reads
 
     def let(target: str, value: Node) -> Node:
         gradient = f"d{target}" if target.endswith("_") else f"d_{target}_"
@@ -305,7 +348,11 @@ def _adjoint(spec: KernelSpec) -> list[str]:
         arrived = terms.pop(statement.target, [])
         if not arrived:
             continue
-        total = arrived[0] if len(arrived) == 1 and arrived[0].op == "name" else let(statement.target, add(arrived))
+        total = (
+            arrived[0]
+            if len(arrived) == 1 and arrived[0].op == "name"
+            else let(statement.target, add(arrived))
+        )
         if statement.expression.op == "fire":
             h, theta = statement.expression.args
             extra = "".join(f", sg_{p}_" for p in surrogate_arguments(spec))
@@ -330,9 +377,15 @@ def _adjoint(spec: KernelSpec) -> list[str]:
     used = set()
     kept = []
     for before, expression, reads in reversed(lines):
-        declared = before.removeprefix("const real ").removesuffix(" = ") if before.startswith("const") else None
+        declared = (
+            before.removeprefix("const real ").removesuffix(" = ")
+            if before.startswith("const")
+            else None
+        )
         if declared is None or declared in used:
-            kept.append(f"{before}{expression if isinstance(expression, str) else to_cpp(expression)};")
+            kept.append(
+                f"{before}{expression if isinstance(expression, str) else to_cpp(expression)};"
+            )
             used |= reads
     needed = _needed(lowered.statements, used)
     return [_print_statement(spec, s) for s in needed] + kept[::-1]

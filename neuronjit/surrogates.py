@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+from .derivatives import derivative
 from .errors import InputTypeError, SpecError, known
-from .expressions import Node, check_label, check_name, derivative, parse_expression
+from .expressions import Node, check_label, check_name, parse_expression
 
 
 class Surrogate:
@@ -43,7 +44,9 @@ class Surrogate:
         self.name = check_label(name, "surrogate name")
         self.params = {check_name(p, "surrogate parameter"): 0.0 for p in params or {}}
         if "u" in self.params:
-            raise SpecError(f"surrogate '{name}': 'u' is the distance to the threshold, not a parameter")
+            raise SpecError(
+                f"surrogate '{name}': 'u' is the distance to the threshold, not a parameter"
+            )
         readable = {"u", *self.params}
         self.derivative = derivative
         self.primitive = primitive
@@ -57,16 +60,22 @@ class Surrogate:
     def _set(self, params: Mapping[str, Any], spiking: bool) -> None:
         for key, value in params.items():
             if key not in self.params:
-                raise SpecError(f"surrogate '{self.name}' has no parameter '{key}'. {known(self.params)}")
+                raise SpecError(
+                    f"surrogate '{self.name}' has no parameter '{key}'. {known(self.params)}"
+                )
             try:
                 number = float(value)
             except (TypeError, ValueError):
-                raise InputTypeError(f"surrogate '{self.name}': {key} must be a number, got {value!r:.80}") from None
+                raise InputTypeError(
+                    f"surrogate '{self.name}': {key} must be a number, got {value!r:.80}"
+                ) from None
             if not math.isfinite(number):
                 raise SpecError(f"surrogate '{self.name}': {key} must be finite, got {number}")
             self.params[key] = number
         if not spiking and self.primitive is None:
-            raise SpecError(f"surrogate '{self.name}' has no primitive, so spiking=False has no output to give")
+            raise SpecError(
+                f"surrogate '{self.name}' has no primitive, so spiking=False has no output to give"
+            )
         self.spiking = bool(spiking)
         self.values = tuple(self.params.values())
 
@@ -129,8 +138,12 @@ QPseudoSpike = Surrogate(
     "where(u < 0, 0.5 * (1 + 2 * abs(u) / (alpha - 1))**(1 - alpha), 1 - 0.5 * (1 + 2 * abs(u) / (alpha - 1))**(1 - alpha))",
     dict(alpha=2.0),
 )
-LeakyKReLU = Surrogate("LeakyKReLU", "where(u >= 0, k, leak)", "where(u >= 0, k, leak) * u", dict(leak=0.0, k=1.0))
-FakeNumericalGradient = Surrogate("FakeNumericalGradient", "minimum(1 / abs(u), alpha)", None, dict(alpha=0.3))
+LeakyKReLU = Surrogate(
+    "LeakyKReLU", "where(u >= 0, k, leak)", "where(u >= 0, k, leak) * u", dict(leak=0.0, k=1.0)
+)
+FakeNumericalGradient = Surrogate(
+    "FakeNumericalGradient", "minimum(1 / abs(u), alpha)", None, dict(alpha=0.3)
+)
 LogTailedReLU = Surrogate(
     "LogTailedReLU",
     "where(u <= 0, alpha, where(u <= 1, 1, 1 / u))",
@@ -151,17 +164,34 @@ PiecewiseExp = Surrogate(
     dict(alpha=1.0),
 )
 SoftSign = Surrogate(
-    "SoftSign", "0.5 / (alpha * (1 / alpha + abs(u))**2)", "0.5 * (alpha * u / (1 + abs(alpha * u)) + 1)", dict(alpha=2.0)
+    "SoftSign",
+    "0.5 / (alpha * (1 / alpha + abs(u))**2)",
+    "0.5 * (alpha * u / (1 + abs(alpha * u)) + 1)",
+    dict(alpha=2.0),
 )
 SuperSpike = Surrogate("SuperSpike", "alpha / (1 + abs(u))**2", None, dict(alpha=1.0))
-FastSigmoid = Surrogate("FastSigmoid", "1 / (1 + k * abs(u))**2", "u / (1 + k * abs(u)) + 0.5", dict(k=25.0))
-Erf = Surrogate("Erf", "alpha / sqrt(pi) * exp(-(alpha * u)**2)", "0.5 * (1 + erf(alpha * u))", dict(alpha=2.0))
-NonzeroSignLogAbs = Surrogate(
-    "NonzeroSignLogAbs", "1 / (1 / alpha + abs(u))", "where(u < 0, -1, 1) * log(alpha * abs(u) + 1)", dict(alpha=1.0)
+FastSigmoid = Surrogate(
+    "FastSigmoid", "1 / (1 + k * abs(u))**2", "u / (1 + k * abs(u)) + 0.5", dict(k=25.0)
 )
-Rect = Surrogate("Rect", "where(abs(u) < 0.5 / alpha, alpha, 0)", "minimum(maximum(alpha * u + 0.5, 0), 1)", dict(alpha=1.0))
+Erf = Surrogate(
+    "Erf", "alpha / sqrt(pi) * exp(-(alpha * u)**2)", "0.5 * (1 + erf(alpha * u))", dict(alpha=2.0)
+)
+NonzeroSignLogAbs = Surrogate(
+    "NonzeroSignLogAbs",
+    "1 / (1 / alpha + abs(u))",
+    "where(u < 0, -1, 1) * log(alpha * abs(u) + 1)",
+    dict(alpha=1.0),
+)
+Rect = Surrogate(
+    "Rect",
+    "where(abs(u) < 0.5 / alpha, alpha, 0)",
+    "minimum(maximum(alpha * u + 0.5, 0), 1)",
+    dict(alpha=1.0),
+)
 StraightThrough = Surrogate("StraightThrough", "1", "u")
-SpikeRateEscape = Surrogate("SpikeRateEscape", "k * exp(-beta * abs(u - 1))", None, dict(beta=1.0, k=25.0))
+SpikeRateEscape = Surrogate(
+    "SpikeRateEscape", "k * exp(-beta * abs(u - 1))", None, dict(beta=1.0, k=25.0)
+)
 Gaussian = Surrogate(
     "Gaussian",
     "exp(-0.5 * (u / sigma)**2) / (sigma * sqrt(2 * pi))",
@@ -171,7 +201,7 @@ Gaussian = Surrogate(
 Tanh = Surrogate("Tanh", "1 - tanh(k * u)**2", "tanh(k * u) / k + 0.5", dict(k=1.0))
 
 
-def SquarewaveFourierSeries(n: int = 2, T: float = 8.0, *, spiking: bool = True) -> Surrogate:  # noqa: N802, N803
+def SquarewaveFourierSeries(n: int = 2, T: float = 8.0, *, spiking: bool = True) -> Surrogate:
     """The square wave's Fourier series up to its term n - 1; T is its period. n shapes the expression."""
     if not isinstance(n, int) or not 2 <= n <= 32:
         raise SpecError(f"SquarewaveFourierSeries: n must be an integer from 2 to 32, got {n!r}")
@@ -179,10 +209,12 @@ def SquarewaveFourierSeries(n: int = 2, T: float = 8.0, *, spiking: bool = True)
     slopes = " + ".join(f"cos({k} * 2 * pi * u / T)" for k in odd)
     terms = " + ".join(f"sin({k} * 2 * pi * u / T) / {k}" for k in odd)
     name = f"SquarewaveFourierSeries{n}"
-    return Surrogate(name, f"4 / T * ({slopes})", f"0.5 + 2 / pi * ({terms})", dict(T=T), spiking=spiking)
+    return Surrogate(
+        name, f"4 / T * ({slopes})", f"0.5 + 2 / pi * ({terms})", dict(T=T), spiking=spiking
+    )
 
 
-_BUILT_IN = {s.name: s for s in list(globals().values()) if isinstance(s, Surrogate)}
+_BUILT_IN: dict[str, Surrogate] = {s.name: s for s in list(globals().values()) if isinstance(s, Surrogate)}
 
 
 def by_name(name: str) -> Surrogate:
@@ -192,7 +224,9 @@ def by_name(name: str) -> Surrogate:
             return surrogate
     if str(name).lower() == "squarewavefourierseries":
         return SquarewaveFourierSeries()
-    raise SpecError(f"unknown surrogate {ascii(name)[:80]}. {known([*_BUILT_IN, 'SquarewaveFourierSeries'])}")
+    raise SpecError(
+        f"unknown surrogate {ascii(name)[:80]}. {known([*_BUILT_IN, 'SquarewaveFourierSeries'])}"
+    )
 
 
 def as_surrogate(given: Any) -> Surrogate:
@@ -208,11 +242,13 @@ def as_surrogate(given: Any) -> Surrogate:
         return by_name(given)
     if isinstance(given, type) or not hasattr(given, "spiking"):
         raise InputTypeError(
-            f"surrogate must be a neuronjit.Surrogate, its name, or a SpikingJelly surrogate object, got {type(given).__name__}"
-            f" {getattr(given, '__name__', '')}".rstrip()
+            "surrogate must be a neuronjit.Surrogate, its name, or a SpikingJelly surrogate object,"
+            f" got {getattr(given, '__name__', type(given).__name__)}"
         )
     kind = {"DeterministicPass": "StraightThrough"}.get(type(given).__name__, type(given).__name__)
     if kind == "SquarewaveFourierSeries":
         return SquarewaveFourierSeries(given.n, given.T_period, spiking=given.spiking)
     ours = by_name(kind)
-    return ours(spiking=given.spiking, **{p: getattr(given, p) for p in ours.params})
+    numbers = {p: getattr(given, p) for p in ours.params}
+    spiking: bool = given.spiking
+    return ours(spiking=spiking, **numbers)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import BackendError, CompileError, SpecError, known
-from . import Shape, debug, first_lines, keep_source
+from .common import Shape, debug, first_lines, keep_source, steps_between_checkpoints
 
 # No contraction and no reordering: spikes are bit-identical to eager PyTorch's and to the GPU's. The last two
 # flags only drop what the kernels do not use (errno, floating-point traps), so that loops vectorise.
@@ -58,7 +58,9 @@ def compiler() -> list[str]:
         try:
             words = shlex.split(command)
         except ValueError as error:
-            raise BackendError(f"CXX={ascii(command)[:200]} cannot be read as a command: {error}") from None
+            raise BackendError(
+                f"CXX={ascii(command)[:200]} cannot be read as a command: {error}"
+            ) from None
         path = shutil.which(words[0]) if words else None
         if path:
             return [path, *words[1:]]
@@ -91,7 +93,9 @@ def arch(device: int = 0) -> str:
 def runs_here(name: str) -> bool:
     """Whether this CPU has all the features of the level (each level includes those below it)."""
     levels = list(_X86_LEVELS)
-    return name == "x86-64" or all(_X86_LEVELS[level] <= _cpu_flags() for level in levels[levels.index(name) :])
+    return name == "x86-64" or all(
+        _X86_LEVELS[level] <= _cpu_flags() for level in levels[levels.index(name) :]
+    )
 
 
 def check_arch(name: str) -> str:
@@ -106,11 +110,21 @@ def check_arch(name: str) -> str:
 @cache
 def _version(command: tuple[str, ...]) -> str:
     try:
-        done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            [*command, "--version"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            stdin=subprocess.DEVNULL,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BackendError(f"the C++ compiler {command[0]} does not answer --version: {error}") from None
+        raise BackendError(
+            f"the C++ compiler {command[0]} does not answer --version: {error}"
+        ) from None
     if done.returncode:
-        raise BackendError(f"the C++ compiler {command[0]} --version failed:\n{first_lines(done.stderr or done.stdout)}")
+        raise BackendError(
+            f"the C++ compiler {command[0]} --version failed:\n{first_lines(done.stderr or done.stdout)}"
+        )
     return next(iter(done.stdout.splitlines()), "unknown")
 
 
@@ -134,9 +148,20 @@ def compile(source: str, symbol: str, arch: str) -> bytes:
             text, binary = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
             text.write_text(source, encoding="ascii")
             for openmp in ([OPENMP], []):  # without OpenMP's library the kernels run on one thread
-                command = [*compiler(), *FLAGS, *march, *openmp, "-o", str(binary), str(text), "-lm"]
+                command = [
+                    *compiler(),
+                    *FLAGS,
+                    *march,
+                    *openmp,
+                    "-o",
+                    str(binary),
+                    str(text),
+                    "-lm",
+                ]
                 debug(f"{shlex.join(command)} ({symbol})")
-                done = subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL
+                )
                 if done.returncode == 0 or "openmp" not in done.stderr.lower():
                     break
             code = binary.read_bytes() if done.returncode == 0 and binary.exists() else b""
@@ -219,7 +244,11 @@ def _dlopen(binary: bytes) -> ctypes.CDLL:
 def _seal(descriptor: int) -> None:
     import fcntl
 
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    fcntl.fcntl(
+        descriptor,
+        fcntl.F_ADD_SEALS,
+        fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
+    )
 
 
 def _dlopen_file(binary: bytes) -> ctypes.CDLL:
@@ -230,6 +259,8 @@ def _dlopen_file(binary: bytes) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
 
 
-def shape(direction: str, itemsize: int, states: int, sequences: int, n: int, steps: int, aligned: bool) -> Shape:
-    """Checkpoint distance; rows are loaded one by one, the CPU's own prefetchers look ahead."""
-    return Shape(4 if steps <= 4 else 8 if steps <= 8 else 16, LANES, 1, False)
+def shape(
+    direction: str, itemsize: int, states: int, sequences: int, n: int, steps: int, aligned: bool
+) -> Shape:
+    """How to walk the work; rows are loaded one by one, the CPU's own prefetchers look ahead."""
+    return Shape(steps_between_checkpoints(steps, states), LANES, 1, False)

@@ -14,11 +14,11 @@ import torch
 
 from ..errors import BackendError, CompileError, SpecError
 from ..source import CUDA_BLOCK
-from . import Shape, debug, first_lines, keep_source
+from .common import Shape, debug, first_lines, keep_source, steps_between_checkpoints
 
 # --fmad=false and IEEE division keep spikes bit-identical to the CPU's; the kernels wait for memory, not for these.
 FLAGS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
-_GET_STREAM = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_GET_STREAM: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # none in CPU builds
 
 
 def why_unavailable() -> str | None:
@@ -27,7 +27,11 @@ def why_unavailable() -> str | None:
         _nvrtc()
     except BackendError as error:
         return str(error)
-    return None if torch.cuda.is_available() else "torch finds no CUDA device (torch.cuda.is_available() is False)"
+    return (
+        None
+        if torch.cuda.is_available()
+        else "torch finds no CUDA device (torch.cuda.is_available() is False)"
+    )
 
 
 @cache
@@ -54,14 +58,21 @@ def arch(device: int) -> str:
 def check_arch(name: str) -> str:
     """`name` if it is an architecture such as sm_90 (kernels for it can be compiled here). Raises SpecError."""
     if not re.fullmatch(r"sm_\d{2,3}[af]?", name):
-        raise SpecError(f"unknown CUDA architecture {ascii(name)[:80]}; expected sm_75, sm_80, sm_90, ...")
+        raise SpecError(
+            f"unknown CUDA architecture {ascii(name)[:80]}; expected sm_75, sm_80, sm_90, ..."
+        )
     return name
 
 
 def fingerprint(arch: str) -> dict[str, str]:
     """All that decides the binary besides the source. Raises BackendError where NVRTC is missing."""
     version = ".".join(map(str, _nvrtc().getVersion()))
-    return {"target": "cuda", "arch": arch, "compiler": f"nvrtc {version}", "flags": " ".join(FLAGS)}
+    return {
+        "target": "cuda",
+        "arch": arch,
+        "compiler": f"nvrtc {version}",
+        "flags": " ".join(FLAGS),
+    }
 
 
 def compile(source: str, symbol: str, arch: str) -> bytes:
@@ -78,7 +89,11 @@ def compile(source: str, symbol: str, arch: str) -> bytes:
     program = nvrtc.createProgram(source, f"{symbol}.cu", (), ())
     try:
         nvrtc.compileProgram(program, options)
-        return bytes(nvrtc.getPTX(program), "ascii") + b"\0" if as_ptx else bytes(nvrtc.getCUBIN(program))
+        return (
+            bytes(nvrtc.getPTX(program), "ascii") + b"\0"
+            if as_ptx
+            else bytes(nvrtc.getCUBIN(program))
+        )
     except nvrtc.NVRTCError as error:
         log = first_lines(nvrtc.getProgramLog(program))
         raise CompileError(
@@ -92,7 +107,9 @@ class Kernel:
     """One loaded kernel on one device."""
 
     def __init__(self, module: int, function: int, lanes: int, device: int, launch: Any) -> None:
-        self._module = module  # never unloaded: a launch may still be queued, or captured in a graph
+        self._module = (
+            module  # never unloaded: a launch may still be queued, or captured in a graph
+        )
         self._function = function
         self._neurons = lanes * CUDA_BLOCK
         self._device = device
@@ -104,7 +121,9 @@ class Kernel:
 
     def launch(self, packed: bytes, n: int, steps: int) -> None:
         """Queue the kernel on torch's current stream of its device. `packed` is the argument struct."""
-        pointer = (ctypes.c_char_p * 1)(packed)  # the driver copies the struct from where this points
+        pointer = (ctypes.c_char_p * 1)(
+            packed
+        )  # the driver copies the struct from where this points
         self._launch(
             self._function, -(-n // self._neurons), 1, 1, CUDA_BLOCK, 1, 1, 0,
             _GET_STREAM(self._device), ctypes.addressof(pointer), 0,
@@ -121,21 +140,25 @@ def load(binary: bytes, symbol: str, lanes: int, device: int) -> Kernel:
         function = driver.moduleGetFunction(module, symbol)
         spilled = driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function)
         registers = driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_NUM_REGS, function)
-    debug(f"loaded {symbol} on cuda:{device}: {registers} registers, {spilled} bytes of local memory")
+    debug(
+        f"loaded {symbol} on cuda:{device}: {registers} registers, {spilled} bytes of local memory"
+    )
     return Kernel(module, function, lanes, device, driver.launchKernel)
 
 
-def shape(direction: str, itemsize: int, states: int, sequences: int, n: int, steps: int, aligned: bool) -> Shape:
+def shape(
+    direction: str, itemsize: int, states: int, sequences: int, n: int, steps: int, aligned: bool
+) -> Shape:
     """Lanes, checkpoint distance and loads in flight for `n` neurons and `steps` time steps.
 
-    Measured on an H100: 16-byte accesses pay while there are enough threads to fill the device; with few
+    Measured on an H100: wide accesses pay while there are enough threads to fill the device; with few
     threads and long chains the next rows must be on their way before the current ones are used.
     """
-    k = 4 if steps <= 4 else 8 if steps <= 8 else 16
-    if states + sequences > 3:
-        k = min(k, 8)
+    k = steps_between_checkpoints(steps, states)
     forward = direction == "forward"
     widest = min(16 // itemsize, 8) if forward else max(8 // itemsize, 1)
+    if sequences > 1:
+        widest = 1  # rows of several sequences at once leave no registers for more
     lanes = 1
     while lanes < widest and aligned and n % (lanes * 2) == 0 and n // (lanes * 2) >= 132 * 512:
         lanes *= 2

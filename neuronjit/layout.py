@@ -1,0 +1,80 @@
+"""Memory layouts: kernels see a step as N numbers in a row, whatever the order of the dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Strides = tuple[int, ...]
+
+
+def is_sequence(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether steps lie one after the other without gaps, in any order of the other dimensions."""
+    n = math.prod(shape[1:])
+    return (shape[0] == 1 or strides[0] == n) and is_packed(shape[1:], strides[1:])
+
+
+def is_packed(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether every number has a place of its own and no place is left over."""
+    expected = 1
+    for stride, size in sorted((a, b) for a, b in zip(strides, shape, strict=True) if b != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def in_layout(tensor: Tensor, shape: Sequence[int], strides: Strides) -> Tensor:
+    """The tensor with these strides, copied only if it has others (differentiably)."""
+    if not tensor.is_neg() and (
+        tensor.stride() == strides
+        or all(a == b or n == 1 for a, b, n in zip(tensor.stride(), strides, shape, strict=True))
+    ):
+        return tensor
+    order = outermost_first(strides)
+    back = [order.index(d) for d in range(len(order))]
+    return tensor.resolve_neg().permute(order).contiguous().permute(back)
+
+
+def outermost_first(strides: Sequence[int]) -> list[int]:
+    """The dimensions in the order of memory."""
+    return sorted(range(len(strides)), key=lambda d: (-strides[d], d))
+
+
+class Repeat(NamedTuple):
+    """How a broadcast parameter repeats over the neurons: neuron n reads element n // inner % period."""
+
+    inner: int
+    period: int
+    order: (
+        tuple[int, ...] | None
+    )  # its dimensions in the order of memory; None: one for each neuron
+
+    def elements(self, tensor: Tensor, shape: Sequence[int], strides: Strides) -> Tensor:
+        """The parameter's numbers in the order in which the kernel counts them."""
+        if self.order is None:
+            return in_layout(tensor.expand(tuple(shape)), shape, strides)
+        tensor = tensor.reshape((1,) * (len(shape) - tensor.dim()) + tensor.shape)
+        return tensor.permute(self.order).contiguous()
+
+
+def repeat(param: Sequence[int], shape: Sequence[int], strides: Sequence[int]) -> Repeat:
+    """How a parameter of shape `param` repeats over a step of this shape and layout."""
+    padded = (1,) * (len(shape) - len(param)) + tuple(param)
+    order = outermost_first(strides)
+    own = [d for d in order if padded[d] > 1]
+    if not all(strides[a] == strides[b] * shape[b] for a, b in pairwise(own)):
+        return Repeat(1, math.prod(shape), None)
+    return Repeat(strides[own[-1]], math.prod(padded), tuple(order))
+
+
+def empty(
+    shape: Sequence[int], strides: Strides, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """An uninitialised tensor of this layout."""
+    return torch.empty_strided(tuple(shape), strides, dtype=dtype, device=device)

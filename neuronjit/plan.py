@@ -1,0 +1,214 @@
+"""A plan: all of a call but its tensors, checked once and kept, so that a warm call only allocates and launches."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import engine, layout, targets
+from .checks import DTYPES, arithmetic
+from .neurons import NeuronModel
+from .source import KernelSpec, arguments
+from .surrogates import Surrogate
+
+
+class _Launch(NamedTuple):
+    kernel: Any
+    pack: Any  # struct.Struct(...).pack, in the order of source.arguments
+    steps: int  # between checkpoints
+
+
+class Plan:
+    """How to run one model on sequences of one shape, dtype, layout and device.
+
+    `given` names the states and parameters that are tensors, in the order in which their tensors come;
+    `numbers` has all others.
+    """
+
+    def __init__(
+        self,
+        model: NeuronModel,
+        surrogate: Surrogate,
+        reset: str,
+        detach_reset: bool,
+        record: tuple[str, ...],
+        target: str,
+        x: Tensor,
+        given: dict[str, Tensor],
+        numbers: dict[str, float],
+    ) -> None:
+        self.model, self.surrogate, self.target = model, surrogate, target
+        self.reset, self.detach_reset, self.record = reset, detach_reset, record
+        self.given, self.numbers = tuple(given), numbers
+        self.states, self.params = tuple(model.state), tuple(model.params)
+        self.dtype, self.real, self.device = x.dtype, arithmetic(x.dtype), x.device
+        self.steps, self.n, self.shape = x.shape[0], x[0].numel(), x.shape[1:]
+        self.copies = x.is_neg() or not layout.is_sequence(x.shape, x.stride())
+        self.strides = x[0].contiguous().stride() if self.copies else x.stride()[1:]
+        self.repeats = {
+            name: layout.repeat(tensor.shape, self.shape, self.strides)
+            for name, tensor in given.items()
+            if name in model.params and tensor.numel() != 1
+        }
+        self.per_neuron = tuple(p for p in self.params if p in self.repeats)
+        self.position = {name: i for i, name in enumerate((*self.states, *self.params))}
+        self.learnable = tuple(name for name in self.params if name in given)
+        shared = [numbers.get(n, 0.0) for n in self.position if n not in self.repeats]
+        counts = [c for p in self.per_neuron for c in self.repeats[p][:2]]
+        smooth = [] if surrogate.spiking else surrogate.values
+        self._forward_tail = (*counts, self.n, *shared, *smooth, self.steps)
+        self._backward_tail = (*counts, self.n, *shared, *surrogate.values, self.steps)
+        self._prepared = not any(
+            t.dtype != self.real
+            or (name in model.state and (t.is_neg() or t.stride() != self.strides))
+            for name, t in given.items()
+        )
+        self._launches: dict[tuple[Any, ...], _Launch] = {}
+
+    def prepare(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """x and the tensors in the dtype and layout that the kernels read (differentiably)."""
+        if self.copies:
+            x = x.resolve_neg().contiguous()
+        if not self._prepared:
+            tensors = [
+                layout.in_layout(t.to(self.real).expand(self.shape), self.shape, self.strides)
+                if name in self.model.state
+                else t.to(self.real)
+                for name, t in zip(self.given, tensors, strict=True)
+            ]
+        return x, tensors
+
+    def forward(
+        self, x: Tensor, tensors: Sequence[Tensor], save: bool
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Spikes, last states and recorded sequences; and the checkpoints that backward needs, if any."""
+        spikes = torch.empty_like(x)
+        lasts = [self._empty_state() for _ in self.states]
+        records = [torch.empty_like(x) for _ in self.record]
+        inputs, alive = self._inputs(tensors)
+        pointers = [x.data_ptr(), spikes.data_ptr()]
+        pointers += [t.data_ptr() for t in records] + [t.data_ptr() for t in lasts]
+        aligned = not any(p & 15 for p in pointers) and not any(p & 15 for p in inputs)
+        launch = self._launches.get(key := (aligned,)) or self._load(
+            key, "forward", self.record, ()
+        )
+        checkpoints = None
+        if save and self.steps > launch.steps:
+            count = (self.steps - 1) // launch.steps
+            size = (count, len(self.states), self.n)
+            checkpoints = torch.empty(size, dtype=self.real, device=self.device)
+        packed = launch.pack(*pointers, _pointer(checkpoints), 0, *inputs, *self._forward_tail)
+        launch.kernel.launch(packed, self.n, self.steps)
+        del alive
+        return [spikes, *lasts, *records], checkpoints
+
+    def backward(
+        self,
+        x: Tensor,
+        checkpoints: Tensor | None,
+        tensors: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Gradients of x and of each tensor, as far as `wanted`; `grads` arrive as forward's outputs left."""
+        last = 1 + len(self.states)
+        arrived = zip(("s", *self.record), (grads[0], *grads[last:]), strict=True)
+        sequences = {
+            n: layout.in_layout(g, x.shape, x.stride()) for n, g in arrived if g is not None
+        }
+        want = {name for name, w in zip(self.given, wanted[1:], strict=True) if w}
+        learned = tuple(p for p in self.learnable if p in want)
+        x_grad = torch.empty_like(x) if wanted[0] else None
+        own = {n: self._empty_state() for n in self.given if n in want and n not in self.params}
+        own |= {p: self._empty_state() for p in learned if p in self.repeats}
+        ends = [
+            None if g is None else layout.in_layout(g, self.shape, self.strides)
+            for g in grads[1:last]
+        ]
+        inputs, alive = self._inputs(tensors)
+        pointers = [x.data_ptr(), _pointer(x_grad)]
+        pointers += [g.data_ptr() for g in sequences.values()] + [_pointer(g) for g in ends]
+        pointers += [_pointer(own.get(z)) for z in self.states] + [_pointer(checkpoints)]
+        pointers += [own[p].data_ptr() for p in learned if p in own]
+        aligned = not any(p & 15 for p in pointers) and not any(p & 15 for p in inputs)
+        key = (aligned, tuple(sequences), learned)
+        launch = self._launches.get(key) or self._load(key, "backward", key[1], learned)
+        summed = [p for p in learned if p not in own]
+        partials = None
+        if summed:
+            size = (len(summed), launch.kernel.blocks(self.n))
+            partials = torch.empty(size, dtype=self.real, device=self.device)
+        packed = launch.pack(*pointers, _pointer(partials), *inputs, *self._backward_tail)
+        launch.kernel.launch(packed, self.n, self.steps)
+        del alive
+        totals: dict[str, Tensor] = {}
+        if partials is not None:
+            totals = dict(zip(summed, partials.sum(1), strict=True))
+        results: list[Tensor | None] = [x_grad]
+        for name, tensor in zip(self.given, tensors, strict=True):
+            if name in totals:
+                results.append(totals[name].reshape(tensor.shape))
+            elif name in own:
+                results.append(own[name].sum_to_size(tensor.shape))
+            else:
+                results.append(None)
+        return results
+
+    def _inputs(self, tensors: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
+        """Pointers to every state and parameter, 0 where it is a number; and what must stay alive."""
+        pointers, alive = [0] * len(self.position), []
+        for name, tensor in zip(self.given, tensors, strict=True):
+            if name in self.repeats:
+                tensor = self.repeats[name].elements(tensor.detach(), self.shape, self.strides)
+                alive.append(tensor)
+            pointers[self.position[name]] = tensor.data_ptr()
+        return pointers, alive
+
+    def _empty_state(self) -> Tensor:
+        return layout.empty(self.shape, self.strides, self.real, self.device)
+
+    def _load(
+        self,
+        key: tuple[Any, ...],
+        direction: str,
+        sequences: tuple[str, ...],
+        learned: tuple[str, ...],
+    ) -> _Launch:
+        target = targets.by_name(self.target)
+        shape = target.shape(
+            direction,
+            self.dtype.itemsize,
+            len(self.states),
+            len(sequences),
+            self.n,
+            self.steps,
+            key[0],
+        )
+        backward = direction == "backward"
+        spec = KernelSpec(
+            self.model,
+            self.target,
+            direction,
+            DTYPES[self.dtype],
+            self.reset,
+            surrogate=self.surrogate.form if backward or not self.surrogate.spiking else None,
+            spiking=self.surrogate.spiking,
+            detach_reset=self.detach_reset and backward,
+            per_neuron=self.per_neuron,
+            learned=learned,
+            sequences=sequences,
+            **shape._asdict(),
+        )
+        codes = "".join(field.code for field in arguments(spec))
+        kernel = engine.load_kernel(spec, self.device.index or 0)
+        launch = _Launch(kernel, struct.Struct(f"@{codes}0q").pack, spec.steps)
+        self._launches[key] = launch
+        return launch
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
