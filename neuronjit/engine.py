@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from typing import Any
 
-from . import cache, source, targets
+from . import cache, manifest, source, targets
 from .errors import BackendError, MissingKernelError
 from .source import KernelSpec
 
@@ -32,7 +33,9 @@ def load_kernel(spec: KernelSpec, device: int = 0) -> Any:
     kernel = _kernels.get(key)
     if kernel is None:
         target = targets.by_name(spec.target)
-        entry = build(spec, target.arch(key[1]))
+        arch = target.arch(key[1])
+        manifest.record(spec, arch)  # also what turns out to be missing: that is to be shipped
+        entry = build(spec, arch)
         kernel = _kernels.setdefault(
             key, target.load(entry.binary, spec.symbol, spec.lanes, key[1])
         )
@@ -77,12 +80,16 @@ def no_compile() -> bool:
     return os.environ.get("NEURONJIT_NO_COMPILE", "0") not in ("", "0")
 
 
+def version() -> str:
+    """The library's version, and a digest of all that renders: what makes an older kernel stale."""
+    package = sys.modules[__name__.partition(".")[0]]
+    return f"{package.__version__}+{source._renderer()[:12]}"
+
+
 def _missing(spec: KernelSpec, arch: str) -> str:
-    command = f"neuronjit-cache prebuild --neuron {spec.model.name} --reset {spec.reset} --dtype {spec.dtype}"
-    surrogate = f" --surrogate {spec.surrogate.name}" if spec.surrogate else ""
     return (
-        f"No cache holds kernel {spec.symbol} (target {spec.target}, {arch}). Where there is a compiler, run: "
-        f"{command}{surrogate} --target {spec.target} --arch {arch}"
+        f"No cache holds kernel {spec.symbol} (target {spec.target}, {arch}). Where there is a"
+        f" compiler, run: {manifest.command(spec, arch)}"
     )
 
 
@@ -94,6 +101,7 @@ def _meta(spec: KernelSpec, arch: str, fingerprint: dict[str, str]) -> dict[str,
         "target": spec.target,
         "arch": arch,
         "fingerprint": fingerprint,
+        "versions": {"neuronjit": version()},
         "model": spec.model.name,
         "direction": spec.direction,
         "dtype": spec.dtype,

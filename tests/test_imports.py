@@ -21,6 +21,7 @@ STACK = [
     "multistep",
     "plan reference",
     "engine checks layout",
+    "manifest",
     "targets",
     "cache source",
     "cachelock",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from functools import cache
 from typing import Any
 
 from ..errors import SpecError, known
+from .common import Shape
 
 NAMES = ("cuda", "cpu")
 
@@ -17,3 +19,21 @@ def by_name(name: str) -> Any:
     if name not in NAMES:
         raise SpecError(f"unknown target {ascii(name)[:80]}. {known(NAMES)}")
     return importlib.import_module(f".{name}", __package__)
+
+
+@cache
+def shapes(
+    target: str, direction: str, itemsize: int, states: int, sequences: int
+) -> tuple[Shape, ...]:
+    """Every shape that `shape` of this target gives, whatever the sizes: what to build ahead.
+
+    Found by asking it, so that no second table can differ from the first: a few sizes in each
+    factor of two, with each power of two that divides them and with none.
+    """
+    shape = by_name(target).shape
+    neurons = {
+        max(1, int(2 ** (i / 4)) // 16 * 16 + odd) for i in range(128) for odd in (0, 1, 2, 4, 8)
+    }
+    steps = [*range(1, 34), 50, 64, 65, 100, 128, 256, 512, 1000, 1024, 4096]
+    asked = itertools.product(sorted(neurons), steps, (True, False))
+    return tuple(sorted({shape(direction, itemsize, states, sequences, *sizes) for sizes in asked}))
