@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import engine, functional, neuron_kernel, neurons, surrogates
+from . import engine, functional, neuron_kernel, neurons, nn, surrogates
 from .errors import (
     BackendError,
     BundleError,
@@ -54,6 +54,7 @@ __all__ = [
     "multistep_qif_ptt",
     "neuron_kernel",
     "neurons",
+    "nn",
     "render",
     "save_cuda_codes",
     "surrogates",

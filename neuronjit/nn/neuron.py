@@ -1,0 +1,287 @@
+"""The one layer behind all of `neuronjit.nn`: a model, its parameters, and the state it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..checks import check_number
+from ..errors import SpecError, known
+from ..multistep import Output, multistep
+from ..neurons import NeuronModel, as_model
+from ..surrogates import Sigmoid, Surrogate, as_surrogate
+
+Number = float | Tensor
+SIGMOID = Sigmoid(alpha=4.0)
+
+
+class Neuron(torch.nn.Module):
+    """A layer of `model` neurons, its state kept from call to call until `reset()`.
+
+    Args:
+        model: a `NeuronModel`, or the name of a built-in one.
+        surrogate: ours, its name, or a SpikingJelly surrogate object; kept as `surrogate_function`.
+        reset: "hard" or "soft". `v_reset=None` is soft too.
+        detach_reset: cut the gradient through the spike in the reset.
+        step_mode: "m": input and spikes are `[T, N, *]`; "s": one time step `[N, *]`.
+        store_v_seq: keep v after every step as `v_seq`, `[T, N, *]`. Off: it is never allocated.
+        learnable: names of parameters to learn, starting from their numbers.
+        channels: C where parameters of shape `[C]` belong to the channels of `[T, N, C, *]`.
+        backend: as for `neuronjit.multistep`.
+        persistent_state: whether `state_dict` carries the state. SpikingJelly's never does.
+        **params: the model's parameters.
+
+    Raises:
+        SpecError, InputTypeError: names, values or shapes that cannot be, here or when called.
+    """
+
+    step_mode: str
+    surrogate_function: Surrogate
+    _derived: tuple[str, ...] = ()  # parameters of the model that a subclass computes
+
+    def __init__(
+        self,
+        model: NeuronModel | str,
+        *,
+        surrogate: Any = SIGMOID,
+        reset: str = "hard",
+        detach_reset: bool = False,
+        step_mode: str = "m",
+        store_v_seq: bool = False,
+        learnable: Iterable[str] = (),
+        channels: int | None = None,
+        backend: str | None = None,
+        persistent_state: bool = False,
+        **params: Any,
+    ) -> None:
+        super().__init__()
+        self.model = as_model(model)
+        self.surrogate_function = surrogate
+        if reset not in ("hard", "soft"):
+            raise SpecError(f"unknown reset {ascii(reset)[:80]}. {known(['hard', 'soft'])}")
+        if channels is not None and (type(channels) is not int or channels < 1):
+            raise SpecError(f"channels must be a positive int or None, got {ascii(channels)[:80]}")
+        self.reset_mode = reset
+        self.detach_reset = detach_reset
+        self.step_mode = step_mode
+        self.store_v_seq = store_v_seq
+        self.v_seq: Tensor | None = None
+        self.channels = channels
+        self.backend = backend
+        self.persistent_state = persistent_state
+        if unknown := params.keys() - self.model.params:
+            names = known(self.model.params)
+            raise SpecError(f"unknown parameter {sorted(unknown)} of {self._label()}. {names}")
+        if reset == "soft":
+            params.setdefault("v_reset", None)
+        wanted = (learnable,) if isinstance(learnable, str) else tuple(learnable)
+        own = [name for name in self.model.params if name not in self._derived]
+        if wrong := set(wanted) - set(own):
+            raise SpecError(f"{self._label()} cannot learn {sorted(wrong)}. {known(own)}")
+        for name in own:
+            self._set_param(name, params.get(name, self.model.params[name]), name in wanted)
+        for name in self.model.state:
+            self._check_free(name)
+        self._assigned: set[str] = set()  # states set from outside: a wrong shape is the caller's
+        self._memories: dict[str, Any] = dict.fromkeys(self.model.state)  # None: not yet run
+
+    # --- parameters ----------------------------------------------------------------------------
+
+    def _set_param(self, name: str, value: Any, learn: bool = False) -> None:
+        self._check_free(name)
+        if isinstance(value, Tensor):
+            if (
+                self.channels is not None
+                and value.dim() == 1
+                and len(value) not in (1, self.channels)
+            ):
+                raise SpecError(f"{name} has {len(value)} values, but channels={self.channels}")
+            if learn and not isinstance(value, Parameter):
+                value = Parameter(value.detach().clone())
+        elif value is None and name == "v_reset":
+            if learn:
+                raise SpecError("v_reset=None is soft reset: there is no v_reset to learn")
+        else:
+            check_number(self.model, name, value, torch.float64)
+            if learn:
+                size = () if self.channels is None else (self.channels,)
+                value = Parameter(torch.full(size, float(value)))
+        if isinstance(value, Tensor) and not isinstance(value, Parameter):
+            self.register_buffer(name, value)
+        else:
+            setattr(self, name, value)
+
+    def _check_free(self, name: str) -> None:
+        if hasattr(self, name):
+            raise SpecError(f"'{name}' of {self._label()} is taken: every layer has it; rename it")
+
+    def _label(self) -> str:
+        return f"model '{self.model.name}'"
+
+    def _per_channel(self, value: Tensor, x_seq: Tensor) -> Tensor:
+        """[C] as [C, 1, ...], which broadcasts to [N, C, *]; any other shape as it is."""
+        if value.dim() != 1 or len(value) == 1:
+            return value
+        if x_seq.dim() < 3 or x_seq.shape[2] != self.channels:
+            raise SpecError(
+                f"channels={self.channels}, so x_seq must be [T, N, {self.channels}, *],"
+                f" but it is {list(x_seq.shape)}"
+            )
+        return value.reshape(-1, *(1 for _ in x_seq.shape[3:]))
+
+    # --- running -------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Spikes, in x's shape and dtype; goes on from the state of the last call."""
+        out = self._run(x, self._carried(x), ("v",) if self.store_v_seq else ())
+        self._memories = out.state
+        self._assigned.clear()
+        if self.step_mode == "m":
+            self.v_seq = out.record.get("v")
+            return out.spikes
+        if self.store_v_seq:
+            v = out.record["v"]
+            fits = self.v_seq is not None and self.v_seq.shape[1:] == v.shape[1:]
+            self.v_seq = torch.cat((self.v_seq, v)) if fits and self.v_seq is not None else v
+        return out.spikes[0]
+
+    def functional_forward(
+        self, x: Tensor, state: Mapping[str, Number] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(spikes, last state) from the state given, else the initial one; keeps nothing."""
+        out = self._run(x, state or {}, ())
+        return (out.spikes if self.step_mode == "m" else out.spikes[0]), out.state
+
+    def _run(self, x: Tensor, state: Mapping[str, Any], record: tuple[str, ...]) -> Output:
+        if self.step_mode == "s" and isinstance(x, Tensor):
+            x = x.unsqueeze(0)
+        params = {name: getattr(self, name) for name in self.model.params}
+        if self.channels is not None and isinstance(x, Tensor):
+            params = {
+                name: self._per_channel(value, x) if isinstance(value, Tensor) else value
+                for name, value in params.items()
+            }
+        start = dict(state)
+        for name, value in self.initial_state().items():
+            if start.get(name) is None:
+                if isinstance(value, Tensor) and isinstance(x, Tensor):
+                    value = self._per_channel(value, x) if self.channels is not None else value
+                    value = value.expand(x.shape[1:])
+                start[name] = value
+        return multistep(
+            self.model, x, start, surrogate=self.surrogate_function, reset=self.reset_mode,
+            detach_reset=self.detach_reset, record=record, backend=self.backend, **params,
+        )  # fmt: skip
+
+    # --- state ---------------------------------------------------------------------------------
+
+    def initial_state(self) -> dict[str, Number]:
+        """What each state starts from: the model's own numbers."""
+        return dict(self.model.state)
+
+    def _carried(self, x: Any) -> dict[str, Any]:
+        """The kept state where it fits x; what was left by a batch of another shape starts anew."""
+        kept: dict[str, Any] = {}
+        for name, value in self._memories.items():
+            if isinstance(value, Tensor) and isinstance(x, Tensor) and name not in self._assigned:
+                if value.shape != (x.shape[1:] if self.step_mode == "m" else x.shape):
+                    continue
+                value = value.to(x.device)
+                if value.is_inference() and not torch.is_inference_mode_enabled():
+                    value = value.clone()  # autograd cannot save it: training after an evaluation
+            kept[name] = value
+        return kept
+
+    def reset(self) -> None:
+        """Forget the state and the stored sequence."""
+        self._memories = dict.fromkeys(self.model.state)
+        self._assigned.clear()
+        self.v_seq = None
+
+    def detach(self) -> None:
+        """Keep the state, cut its gradient: truncated backpropagation through time."""
+        self._memories = {name: _detached(value) for name, value in self._memories.items()}
+        self.v_seq = _detached(self.v_seq)
+
+    def __getattr__(self, name: str) -> Any:
+        memories = self.__dict__.get("_memories", {})
+        if name not in memories:
+            return super().__getattr__(name)
+        value = memories[name]
+        return self.initial_state()[name] if value is None else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_memories", ()):
+            self._memories[name] = value
+            self._assigned.add(name)
+            return
+        if name == "surrogate_function":  # here: torch would make a module of SpikingJelly's
+            value = as_surrogate(value)
+        elif name == "step_mode" and value not in ("s", "m"):
+            raise SpecError(f"unknown step_mode {ascii(value)[:80]}. {known(['s', 'm'])}")
+        elif name == "store_v_seq":
+            self.v_seq = None
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for name, value in self._memories.items():
+            if isinstance(value, Tensor):
+                moved = fn(value)
+                # .half() is for parameters and sequences: the state is float32 whatever they are
+                self._memories[name] = moved if moved.itemsize >= 4 else value.to(moved.device)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.persistent_state:
+            for name, value in self._memories.items():
+                if isinstance(value, Tensor):
+                    destination[prefix + name] = value if keep_vars else value.detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.persistent_state:
+            self.reset()
+            for name in self.model.state:
+                value = state_dict.pop(prefix + name, None)
+                self._memories[name] = None if value is None else value.detach().clone()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy, which refuse tensors with a history."""
+        memories = {name: _detached(value) for name, value in self._memories.items()}
+        return {**self.__dict__, "_memories": memories, "v_seq": _detached(self.v_seq)}
+
+    def _replicate_for_data_parallel(self) -> Any:
+        # what __dict__ holds is shared by all replicas, which run at the same time
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._memories, replica._assigned = dict(self._memories), set(self._assigned)
+        return replica
+
+    def extra_repr(self) -> str:
+        """As SpikingJelly's, then the other parameters, the surrogate, and what is not default."""
+        first = ("v_threshold", "v_reset", "detach_reset", "step_mode")
+        names = [*first, *(n for n in self.model.params if n not in first)]
+        shown = {n: shorten(getattr(self, n)) for n in names if n not in self._derived}
+        shown["surrogate_function"] = str(self.surrogate_function)
+        extras = ("channels", "backend", "store_v_seq", "persistent_state")
+        shown |= {n: str(getattr(self, n)) for n in extras if getattr(self, n) not in (None, False)}
+        named = f"'{self.model.name}', " if type(self) is Neuron else ""
+        return named + ", ".join(f"{name}={text}" for name, text in shown.items())
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def shorten(value: Any) -> str:
+    """A parameter in a repr: its number, or its shape."""
+    if not isinstance(value, Tensor):
+        return str(value)
+    learned = " (learnable)" if value.requires_grad else ""
+    if value.numel() == 1 and not value.is_meta:
+        return f"{value.item():g}{learned}"
+    return f"{list(value.shape)}{learned}"
