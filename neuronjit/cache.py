@@ -117,8 +117,8 @@ def find(request: str, target: str, arch: str) -> Entry | None:
 
 def size_cap() -> int:
     """Bytes the user's directory may hold: NEURONJIT_CACHE_SIZE (200M, 2G), 1 GiB; 0: no writes."""
-    text = env("NEURONJIT_CACHE_SIZE").strip().upper()
-    if match := re.fullmatch(r"(\d{1,15})([KMGT]?)(?:I?B)?", text, re.ASCII):
+    text = env("NEURONJIT_CACHE_SIZE").strip()
+    if match := re.fullmatch(r"([0-9]{1,15})([KMGT]?)(I?B)?", text.upper()):
         return int(match[1]) << 10 * " KMGT".index(match[2] or " ")
     if text:
         what = f"NEURONJIT_CACHE_SIZE={text!r} is no size such as 200M or 2G; the cap is 1G"
@@ -197,17 +197,17 @@ def _publish(entry: Entry, rebuilt: str, user: str) -> None:
 
 
 def report(path: str, error: Exception, key: str = "") -> str:
-    """Warns once a process of each kind of trouble with a directory, and names the kind."""
-    what = f"kernel {key} in {path!r}" if key else f"cache directory {path!r}"
-    kind, then = "unreadable", "compiled kernels stay in memory"
+    """Warns once a process of each kind of trouble with a directory; names the kind."""
+    kind, what = "unreadable", f"kernel {key} in {path!r}" if key else f"directory {path!r}"
+    then = "it is compiled again" if key else "kernels that are compiled stay in memory"
+    text = f"neuronjit cannot use the {what}: {error}; {then}"
     if isinstance(error, Untrusted):
-        kind, then = "untrusted", "code in it is not used; see `neuronjit-cache info`"
+        kind, text = "untrusted", f"neuronjit takes no code from where others could put it: {error}"
+        text += f"; {then}. See `neuronjit-cache info`"
     elif isinstance(error, Damaged):
-        kind, then = "damaged", "it is compiled again; see `neuronjit-cache verify`"
-    elif key:
-        then = "it is compiled again"
+        kind = "damaged"
     cause = errno.errorcode.get(error.errno or 0, kind) if isinstance(error, OSError) else kind
-    warn_once((path, cause), f"neuronjit cannot use the {what}: {error}; {then}")
+    warn_once((path, cause), text)
     return kind
 
 

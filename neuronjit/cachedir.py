@@ -97,7 +97,9 @@ def distrust(st: os.stat_result, *, parent: bool = False) -> str:
     """Why others could put code here, "" if nobody can: the rule of ssh's StrictModes."""
     mode, opted = stat.S_IMODE(st.st_mode), env("NEURONJIT_SHARED_GROUP") == "1"
     shared = opted and mode & 0o020 and st.st_gid in {os.getegid(), *os.getgroups()}
-    if st.st_uid not in (0, os.geteuid()) and not shared:
+    if stat.S_ISLNK(st.st_mode):
+        why = "is a symbolic link"
+    elif st.st_uid not in (0, os.geteuid()) and not shared:
         why = "belongs to another user"
     elif parent and mode & stat.S_ISVTX:  # sticky: others cannot rename or remove what is ours
         return ""
@@ -167,11 +169,11 @@ class Folder:
 
     def read(self, name: str, size: int = MAX_ENTRY) -> tuple[bytes, os.stat_result]:
         """The first bytes of a file that nobody else can write. OSError, Untrusted, Damaged."""
-        if stat.S_ISLNK(self.stat(name).st_mode):  # to say so; open refuses it in any case
-            raise Untrusted(f"{self.path}/{name} is a symbolic link")
+        if why := distrust(self.stat(name)):  # of the name: it could be a pipe, or a link
+            raise Untrusted(f"{self.path}/{name} {why}")
         with open(name, "rb", buffering=0, opener=self.open) as file:
             st = os.fstat(file.fileno())
-            if why := distrust(st):
+            if why := distrust(st):  # of what was opened, should it be another by now
                 raise Untrusted(f"{self.path}/{name} {why}")
             if not stat.S_ISREG(st.st_mode) or st.st_size > MAX_ENTRY:
                 raise Damaged("it is no file, or too large")
