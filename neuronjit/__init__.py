@@ -14,6 +14,7 @@ from .errors import (
     NeuronJitError,
     SpecError,
 )
+from .export import render, save_cuda_codes
 from .multistep import Output, multistep
 from .neuron_kernel import (
     multistep_eif_ptt,
@@ -22,10 +23,8 @@ from .neuron_kernel import (
     multistep_lif_ptt,
     multistep_plif_ptt,
     multistep_qif_ptt,
-    save_cuda_codes,
 )
 from .neurons import NeuronModel
-from .source import render
 from .surrogates import Surrogate
 
 __version__ = "0.1.0"

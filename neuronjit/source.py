@@ -16,7 +16,7 @@ from .derivatives import add, derivative, multiply, negate
 from .errors import SpecError, known
 from .expressions import Node, Statement, name, number, to_cpp
 from .neurons import NeuronModel, as_model, program
-from .surrogates import ATan, Surrogate, as_surrogate
+from .surrogates import Surrogate, as_surrogate
 
 STORAGE = {"float32": "float", "float64": "double", "float16": "half_t", "bfloat16": "bfloat16_t"}
 TARGETS = ("cuda", "cpu")
@@ -158,39 +158,6 @@ def arguments(spec: KernelSpec) -> list[Field]:
 def surrogate_arguments(spec: KernelSpec) -> list[str]:
     """The surrogate's parameters, where the kernel evaluates the surrogate at all."""
     return list(spec.surrogate.params) if spec.surrogate else []
-
-
-def render(
-    model: NeuronModel | str,
-    *,
-    target: str = "cuda",
-    direction: str | None = None,
-    surrogate: Any = ATan,
-    reset: str = "hard",
-    detach_reset: bool = False,
-    dtype: str = "float32",
-    **options: Any,
-) -> str:
-    """The source of a model's kernels, to read.
-
-    Args:
-        model: a `NeuronModel`, or the name of a built-in one.
-        target: "cuda" or "cpu".
-        direction: "forward", "backward", or None for both.
-        surrogate, reset, detach_reset: as for `neuronjit.multistep`.
-        dtype: of the sequences, "float32", "float64", "float16" or "bfloat16".
-        **options: further fields of `KernelSpec`, e.g. `learned=("tau",)` or `steps=8`.
-
-    Raises:
-        SpecError: an unknown name, and which are known.
-    """
-    directions = ("forward", "backward") if direction is None else (direction,)
-    return render_specs(
-        [
-            spec_of(model, target, d, surrogate, reset, detach_reset, dtype, **options)
-            for d in directions
-        ]
-    )
 
 
 def spec_of(

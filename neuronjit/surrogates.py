@@ -214,7 +214,9 @@ def SquarewaveFourierSeries(n: int = 2, T: float = 8.0, *, spiking: bool = True)
     )
 
 
-_BUILT_IN: dict[str, Surrogate] = {s.name: s for s in list(globals().values()) if isinstance(s, Surrogate)}
+_BUILT_IN: dict[str, Surrogate] = {
+    s.name: s for s in list(globals().values()) if isinstance(s, Surrogate)
+}
 
 
 def by_name(name: str) -> Surrogate:

@@ -17,7 +17,7 @@ STACK = [
     "neuronjit",
     "cli",
     "nn neuron_kernel integrations housekeeping bundle",
-    "functional",
+    "functional export",
     "multistep",
     "plan reference",
     "engine checks layout",

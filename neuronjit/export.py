@@ -1,0 +1,162 @@
+"""Sources to read: the kernels of a model, or all of SpikingJelly's CuPy kernels as one CUDA file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import neurons, targets
+from .errors import SpecError, known
+from .neurons import NeuronModel
+from .source import KernelSpec, render_specs, spec_of
+from .surrogates import ATan
+from .surrogates import by_name as surrogate_by_name
+
+
+def render(
+    model: NeuronModel | str,
+    *,
+    target: str = "cuda",
+    direction: str | None = None,
+    surrogate: Any = ATan,
+    reset: str = "hard",
+    detach_reset: bool = False,
+    dtype: str = "float32",
+    steps: int = 16,
+    neurons: int = 1 << 20,
+    **options: Any,
+) -> str:
+    """The source of a model's kernels, to read: what a call of this size would compile.
+
+    Args:
+        model: a `NeuronModel`, or the name of a built-in one.
+        target: "cuda" or "cpu".
+        direction: "forward", "backward", or None for both.
+        surrogate, reset, detach_reset: as for `neuronjit.multistep`.
+        dtype: of the sequences, "float32", "float64", "float16" or "bfloat16".
+        steps, neurons: T and N of the call.
+        **options: further fields of `KernelSpec`, e.g. `learned=("tau",)`.
+
+    Raises:
+        SpecError: an unknown name, and which are known.
+    """
+    specs = []
+    for each in ("forward", "backward") if direction is None else (direction,):
+        spec = spec_of(model, target, each, surrogate, reset, detach_reset, dtype, **options)
+        itemsize = {"float64": 8, "float32": 4}.get(spec.dtype, 2)
+        shape = targets.by_name(target).shape(
+            each, itemsize, len(spec.model.state), len(spec.sequences), neurons, steps, True
+        )
+        specs.append(
+            spec_of(
+                model, target, each, surrogate, reset, detach_reset, dtype,
+                **{**shape._asdict(), **options},
+            )
+        )  # fmt: skip
+    return render_specs(specs)
+
+
+SEED_NEURONS = ("if", "lif", "plif", "qif", "izhikevich", "eif")
+SEED_SURROGATES = (
+    "Sigmoid", "ATan", "PiecewiseLeakyReLU", "S2NN", "QPseudoSpike", "LeakyKReLU", "FakeNumericalGradient", "LogTailedReLU",
+)  # fmt: skip
+
+
+def save_cuda_codes(
+    path: str | os.PathLike[str] = "./neuron_kernel_sample.cu",
+    *,
+    neurons: Iterable[Any] = SEED_NEURONS,
+    surrogates: Iterable[Any] = SEED_SURROGATES,
+    resets: Iterable[str] = ("hard", "soft"),
+    detach_resets: Iterable[bool] = (False, True),
+    decay_inputs: Iterable[bool] = (True, False),
+    dtypes: Iterable[str] = ("float32", "float16"),
+    directions: Iterable[str] = ("forward", "backward"),
+) -> list[str]:
+    """Write the CUDA source of kernels, exactly as neuronjit compiles it (NVRTC takes the whole file).
+
+    Args:
+        path: a `.cu` file gets all kernels behind one shared header and a list of contents; a directory (that
+            exists, or a path without suffix) gets one file a kernel and `manifest.json`.
+        neurons, surrogates: names, `NeuronModel`s, `Surrogate`s.
+        resets, detach_resets, decay_inputs, dtypes, directions: what to write of each.
+
+    Returns:
+        The C symbols of the kernels, in the order of the file.
+
+    Raises:
+        SpecError: an unknown name, or nothing left to write.
+    """
+    specs = _export(neurons, surrogates, resets, detach_resets, decay_inputs, dtypes, directions)
+    path = Path(path)
+    if path.is_dir() or not path.suffix:
+        path.mkdir(parents=True, exist_ok=True)
+        for spec in specs:
+            Path(path, f"{spec.symbol}.cu").write_text(render_specs([spec]), encoding="ascii")
+        listing = [
+            {"symbol": s.symbol, "file": f"{s.symbol}.cu", "request": s.request} for s in specs
+        ]
+        Path(path, "manifest.json").write_text(
+            json.dumps({"kernels": listing}, indent=1) + "\n", encoding="ascii"
+        )
+    else:
+        contents = "".join(f"//   {spec.symbol}\n" for spec in specs)
+        text = f"// neuronjit: {len(specs)} kernels\n{contents}\n{render_specs(specs)}"
+        path.write_text(text, encoding="ascii")
+    return [spec.symbol for spec in specs]
+
+
+def _export(
+    models: Iterable[Any],
+    surrogates: Iterable[Any],
+    resets: Iterable[str],
+    detach_resets: Iterable[bool],
+    decay_inputs: Iterable[bool],
+    dtypes: Iterable[str],
+    directions: Iterable[str],
+) -> Sequence[KernelSpec]:
+    decays = tuple(decay_inputs)
+    if not isinstance(models, str):
+        models = list(models)
+    specs: dict[
+        KernelSpec, None
+    ] = {}  # a dictionary, because choices that a kernel ignores give it again
+    for given in [models] if isinstance(models, str) else models:
+        model = neurons.as_model(given)
+        variants = [model] if True in decays or model not in _NO_DECAY else []
+        variants += [_NO_DECAY[model]] if False in decays and model in _NO_DECAY else []
+        for variant, direction, dtype, reset in itertools.product(
+            variants, directions, dtypes, resets
+        ):
+            learned = (
+                ("reciprocal_tau",)
+                if "reciprocal_tau" in variant.params and direction == "backward"
+                else ()
+            )
+            for surrogate, detach in itertools.product(surrogates, detach_resets):
+                surrogate = (
+                    surrogate_by_name(surrogate) if isinstance(surrogate, str) else surrogate
+                )
+                spec = spec_of(
+                    variant,
+                    "cuda",
+                    direction,
+                    surrogate,
+                    reset,
+                    detach,
+                    dtype,
+                    learned=learned,
+                    steps=4,
+                    loads=4,
+                )
+                specs[spec] = None
+    if not specs:
+        raise SpecError(f"these choices leave no kernel to write. {known(SEED_NEURONS)}")
+    return list(specs)
+
+
+_NO_DECAY = {neurons.LIF: neurons.LIF_NO_DECAY, neurons.PLIF: neurons.PLIF_NO_DECAY}
