@@ -1,4 +1,4 @@
-"""Which kernels to build ahead: those that a run used, or those that choices stand for.
+"""Manifests: the kernels that a run used, written to a file to build them elsewhere.
 
 A manifest has one JSON object a line, one kernel each. It is read as data from a stranger: models
 and surrogates pass through their constructors, so all that a line can bring is equations of our
@@ -7,24 +7,22 @@ language.
 
 from __future__ import annotations
 
-import itertools
 import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 from . import neurons, surrogates, targets
 from .cachedir import env, warn_once
 from .errors import NeuronJitError, SpecError, known
 from .neurons import NeuronModel
-from .source import KernelSpec, spec_of
+from .source import KernelSpec
 from .surrogates import Surrogate
 
 MAX_BYTES = 64 << 20  # of a manifest: 100,000 kernels and more
 _MOST = 256  # steps, lanes and loads become code that many times over
 _NAMES = ("per_neuron", "learned", "sequences")
-_ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def record(spec: KernelSpec, arch: str) -> None:
@@ -108,7 +106,7 @@ def from_json(data: Mapping[str, Any]) -> KernelSpec:
         _NAMES, (model.params, model.params, ("s", "h", *model.state)), strict=True
     ):
         chosen = tuple(_expect(given[field], list, field))
-        _check_names(chosen, allowed, field)
+        check_names(chosen, allowed, field)
         given[field] = chosen
     if (given["reset"] == "own") != model.own_reset:
         raise SpecError(f"reset {given['reset']!r} does not fit model '{model.name}'")
@@ -117,55 +115,6 @@ def from_json(data: Mapping[str, Any]) -> KernelSpec:
     if not given["spiking"] and given["surrogate"].primitive is None:
         raise SpecError(f"surrogate '{given['surrogate'].name}' has no primitive")
     return KernelSpec(**given)
-
-
-def choices(
-    models: Iterable[Any],
-    target: str,
-    *,
-    surrogates: Iterable[Any] = ("atan",),
-    resets: Iterable[str] = ("hard",),
-    dtypes: Iterable[str] = ("float32",),
-    detach_resets: Iterable[bool] = (False,),
-    record: Sequence[str] = (),
-    learn: Sequence[str] = (),
-    per_neuron: Sequence[str] = (),
-) -> list[KernelSpec]:
-    """All kernels that training with these choices may look up, whatever the sizes.
-
-    Forward without and with `record`; backward of gradients that arrive at the spikes and last
-    states, and with `record` also there. `learn` and `per_neuron` are taken by the models that have
-    such parameters; PLIF's reciprocal_tau is always learned.
-    """
-    chosen: dict[KernelSpec, None] = {}
-    models = [neurons.as_model(model) for model in models]
-    everything = dict.fromkeys(itertools.chain(*(m.params for m in models)))
-    _check_names((*learn, *per_neuron), everything, "learn and per_neuron")
-    for model, surrogate, reset, dtype, detach in itertools.product(
-        models, list(surrogates), list(resets), list(dtypes), list(detach_resets)
-    ):
-        _check_names(record, (*model.state, "h"), "record")
-        wide = tuple(p for p in model.params if p in per_neuron)
-        learned = tuple(p for p in model.params if p in learn or p == "reciprocal_tau")
-        recorded = tuple(n for n in (*model.state, "h") if n in record)
-        options = {"forward": [(), recorded], "backward": [("s",), ("s", *recorded)]}
-        for direction in options:
-            for names in options[direction]:
-                spec = spec_of(
-                    model, target, direction, surrogate, reset, detach, dtype, sequences=names,
-                    per_neuron=wide, learned=learned if direction == "backward" else (),
-                )  # fmt: skip
-                chosen.update(dict.fromkeys(every_shape(spec, target)))
-    return list(chosen)
-
-
-def every_shape(spec: KernelSpec, target: str) -> list[KernelSpec]:
-    """The same kernel for `target`, in each shape that some size of input may ask for."""
-    size = _ITEMSIZE[spec.dtype]
-    shapes = targets.shapes(
-        target, spec.direction, size, len(spec.model.state), len(spec.sequences)
-    )
-    return [replace(spec, target=target, **shape._asdict()) for shape in shapes]
 
 
 def command(spec: KernelSpec, arch: str) -> str:
@@ -188,6 +137,15 @@ def command(spec: KernelSpec, arch: str) -> str:
     ):
         words += [f"--{flag}", *names] if names else []
     return f"neuronjit-cache prebuild {shlex.join(words)} {place}"
+
+
+def check_names(names: Sequence[Any], allowed: Iterable[str], what: str) -> None:
+    """Raises SpecError unless all are different, and allowed."""
+    allowed = list(allowed)
+    if len(set(map(ascii, names))) < len(names) or any(name not in allowed for name in names):
+        raise SpecError(
+            f"{what}: {ascii(list(names))[:80]} is not a choice of names. {known(allowed)}"
+        )
 
 
 def _is_built_in(by_name: Callable[[str], Any], given: Any) -> bool:
@@ -226,14 +184,6 @@ def _construct(kind: Any, given: dict[str, Any]) -> Any:
         return kind(**given)
     except TypeError as error:  # a field too many or too few
         raise SpecError(f"{kind.__name__}: {error}") from None
-
-
-def _check_names(names: Sequence[Any], allowed: Iterable[str], what: str) -> None:
-    allowed = list(allowed)
-    if len(set(map(ascii, names))) < len(names) or any(name not in allowed for name in names):
-        raise SpecError(
-            f"{what}: {ascii(list(names))[:80]} must be different ones of these. {known(allowed)}"
-        )
 
 
 def _expect(value: Any, kind: type, what: str) -> Any:

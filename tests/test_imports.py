@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "neuronjit"
 STACK = [
     "neuronjit",
     "cli",
-    "nn neuron_kernel integrations housekeeping bundle",
+    "nn neuron_kernel integrations housekeeping bundle prebuild",
     "functional export",
     "multistep",
     "plan reference",
@@ -30,7 +30,7 @@ STACK = [
     "neurons surrogates",
     "derivatives",
     "expressions",
-    "errors",
+    "errors terminal",
 ]
 RANK = {name: rank for rank, line in enumerate(reversed(STACK)) for name in line.split()}
 
