@@ -309,16 +309,16 @@ def p7_holders(directory, timeout=1.0):
             def build():
                 child = os.fork()
                 if child == 0:
-                    time.sleep(60)
+                    time.sleep(timeout + 60)
                     os._exit(0)
                 started.write_text(str(child))
-                time.sleep(60)
+                time.sleep(timeout + 60)
 
             cache.load_or_build(key(1), build)
 
         def wait():
             with (
-                patched(cachelock, TIMEOUT_S=timeout, TELL_AFTER_S=timeout / 4),
+                patched(cachelock, TIMEOUT_S=timeout, TELL_AFTER_S=min(5.0, timeout / 4)),
                 cachekit.logged() as lines,
             ):
                 start = time.monotonic()
@@ -332,7 +332,7 @@ def p7_holders(directory, timeout=1.0):
         if number == signal.SIGKILL:
             time.sleep(0.02)  # until it is dead
         try:
-            good, seconds, lines = Child(wait).result(30)
+            good, seconds, lines = Child(wait).result(timeout + 30)
         finally:
             os.killpg(holder.pid, signal.SIGKILL)
             holder.wait_status()

@@ -1,4 +1,4 @@
-"""P1 to P9, P11 to P13 and P15 of the cache, at a size that takes seconds.
+"""P1 to P13, P15 and P16 of the cache, at a size that takes seconds; P14 is in test_bundle.py.
 
 benchmarks/cache_torture.py runs the same experiments in full.
 """
@@ -23,6 +23,7 @@ from promises import (
     p15_verify,
     p16_cost,
 )
+from promises_keys import p10_keys
 from promises_places import ENVIRONMENTS, HOSTILE, p6_environment, p11_nodes, p13_layout, p13_swaps
 
 pytestmark = needs_linux
@@ -110,6 +111,12 @@ def test_p8_threads_and_forks(tmp_path):
 def test_p9_many_kernels_never_cross(tmp_path):
     figures = p9_many(tmp_path, kernels=100)
     assert figures["wrong"] == figures["descriptors more than before"] == 0
+
+
+def test_p10_keys_are_stable_and_follow_every_input(tmp_path):
+    figures = p10_keys(tmp_path)
+    assert figures["the same in all processes"] == figures["specs"] == 200
+    assert figures["that do not"] == [] and figures["inputs"] >= 25
 
 
 def test_p11_machines_share_a_directory(tmp_path):
