@@ -57,9 +57,8 @@ DEFAULT_SIZE = 1 << 30
 _memory: dict[str, Entry] = {}  # what no directory would take
 _counts: Counter[str] = Counter()
 _counting = threading.Lock()
-_known: dict[
-    str, dict[str, tuple[Any, ...]]
-] = {}  # directory -> key -> (request, target, arch), for find
+# for find: directory -> key -> (request, target, arch)
+_known: dict[str, dict[str, tuple[Any, ...]]] = {}
 _unlisted: dict[str, int] = {}  # directory -> bytes written since it was last tidied
 
 
@@ -165,7 +164,7 @@ def _writable() -> str:
     try:
         if user:
             with opened(user, create=0o700) as folder:
-                if not os.access(".", os.W_OK, dir_fd=folder.fd, effective_ids=True):
+                if not folder.writable():
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return user
     except (OSError, Untrusted) as error:
@@ -230,5 +229,4 @@ def _after_fork() -> None:
     _counting = threading.Lock()  # another thread may have held it
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_child=_after_fork)

@@ -59,9 +59,8 @@ def env(name: str) -> str:
 
 def user_dir() -> str:
     """The directory that is read and written, "" where there is none."""
-    path = os.path.expanduser(env("NEURONJIT_CACHE_DIR"))
-    if path:
-        return os.path.abspath(path)
+    if path := env("NEURONJIT_CACHE_DIR"):
+        return _absolute(path)
     with suppress(Exception):  # whatever it stumbles over must not end a computation
         import platformdirs
 
@@ -76,7 +75,15 @@ def user_dir() -> str:
 def search_path() -> list[str]:
     """The directories to look into: the user's, then those of the site, which are only read."""
     sites = env("NEURONJIT_CACHE_PATH").split(":")
-    return [user_dir()] * bool(user_dir()) + [os.path.abspath(site) for site in sites if site]
+    return [path for path in (user_dir(), *map(_absolute, sites)) if path]
+
+
+def _absolute(path: str) -> str:
+    try:
+        return os.path.abspath(os.path.expanduser(path)) if path else ""
+    except OSError:  # relative to a directory that is gone
+        warn_once((path, "nowhere"), f"neuronjit finds no directory {path!r}")
+        return ""
 
 
 def walk(trouble: Callable[[str, Exception], object]) -> Iterator[tuple[Folder, str]]:
@@ -170,11 +177,11 @@ class Folder:
     def read(self, name: str, size: int = MAX_ENTRY) -> tuple[bytes, os.stat_result]:
         """The first bytes of a file that nobody else can write. OSError, Untrusted, Damaged."""
         if why := distrust(self.stat(name)):  # of the name: it could be a pipe, or a link
-            raise Untrusted(f"{self.path}/{name} {why}")
+            raise Untrusted(f"{os.path.join(self.path, name)!r} {why}")
         with open(name, "rb", buffering=0, opener=self.open) as file:
             st = os.fstat(file.fileno())
             if why := distrust(st):  # of what was opened, should it be another by now
-                raise Untrusted(f"{self.path}/{name} {why}")
+                raise Untrusted(f"{os.path.join(self.path, name)!r} {why}")
             if not stat.S_ISREG(st.st_mode) or st.st_size > MAX_ENTRY:
                 raise Damaged("it is no file, or too large")
             return file.read(min(size, st.st_size)), st
@@ -182,9 +189,14 @@ class Folder:
     def touch(self, name: str, st: os.stat_result) -> None:
         """Notes that a file of ours is in use; no error, and no attempt on a read-only disk."""
         if st.st_uid == os.geteuid() and abs(time.time() - st.st_mtime) > TOUCH_AFTER_S:
-            with suppress(OSError):
+            with suppress(OSError, NotImplementedError):
                 if not os.fstatvfs(self.fd).f_flag & os.ST_RDONLY:
                     os.utime(name, dir_fd=self.fd, follow_symlinks=False)
+
+    def writable(self) -> bool:
+        """Whether files can be made here, by the user whose rights this process has."""
+        effective = os.access in os.supports_effective_ids
+        return os.access(".", os.W_OK, dir_fd=self.fd, effective_ids=effective)
 
     def write(self, name: str, data: bytes, mode: int = 0o600) -> None:
         """Publishes a file: others see all of it or none, and who reads an older one keeps it."""

@@ -28,7 +28,8 @@ class Listed:
 
     def stale(self, version: str) -> bool:
         """Whether another version of the library made it; `version` is this one's."""
-        made_by = (self.meta.get("versions") or {}).get("neuronjit", version)
+        versions = self.meta.get("versions")
+        made_by = versions.get("neuronjit") if isinstance(versions, dict) else version
         return made_by != version or "schema" in self.problem
 
 
@@ -126,7 +127,7 @@ def stats() -> dict[str, Any]:
         "targets": dict(Counter(str(item.meta.get("target")) for item in found)),
         "models": dict(Counter(str(item.meta.get("model")) for item in found)),
         "unreadable": sum(bool(item.problem) for item in found),
-        "rebuilt": dict(Counter(i.meta["rebuilt"] for i in found if "rebuilt" in i.meta)),
+        "rebuilt": dict(Counter(str(i.meta["rebuilt"]) for i in found if "rebuilt" in i.meta)),
         "this process": cache.counts(),
     }
 
@@ -142,7 +143,7 @@ def directories() -> list[Directory]:
             st = os.stat(path)
             owner, mode = st.st_uid, st.st_mode & 0o7777
             with opened(path) as folder:
-                writable = os.access(".", os.W_OK, dir_fd=folder.fd, effective_ids=True)
+                writable = folder.writable()
                 sizes = [st.st_size for name, st in folder.scan() if KEY.fullmatch(name)]
         except FileNotFoundError:
             why = "is not there" if role == "site" else "is made when it is needed"

@@ -484,6 +484,25 @@ def test_without_a_place_for_locks_all_is_right(place):
     assert cachekit.crowd(4, work) == [True] * 4
 
 
+def test_a_path_from_a_directory_that_is_gone_costs_a_warning(place, tmp_path):
+    def work():
+        gone = tmp_path / "gone"
+        gone.mkdir()
+        os.chdir(gone)
+        gone.rmdir()
+        use("kernels", "site")
+        return right(get(1), 1)
+
+    found = Child(work).finish()
+    assert found["value"] and "finds no directory 'kernels'" in found["warnings"][0]
+
+
+def test_a_home_is_written_as_a_tilde(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    use("~/kernels", "~/site")
+    assert cachedir.search_path() == [f"{tmp_path}/kernels", f"{tmp_path}/site"]
+
+
 def test_a_lock_leaves_no_file_and_no_descriptor(place):
     before = len(os.listdir("/dev/fd"))
     for number in range(20):
