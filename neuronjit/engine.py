@@ -54,25 +54,29 @@ def build(spec: KernelSpec, arch: str) -> cache.Entry:
         binary = target.compile(text, spec.symbol, arch)
         return cache.Entry(key, _meta(spec, arch, fingerprint), text, binary)
 
+    key, lacking = "", "NEURONJIT_NO_COMPILE is set."
     try:
         fingerprint = target.fingerprint(arch)
-    except (
-        BackendError
-    ) as error:  # no compiler: any compiler's binary of the very same source will do
-        entry = cache.find(spec.request, spec.target, arch)
-        if entry is None:
-            raise BackendError(f"{error}\n{_missing(spec, arch)}") from None
-    else:
         key = cache.make_key(spec.request, fingerprint)
-        if no_compile():
-            entry = cache.load(key) or cache.find(spec.request, spec.target, arch)
-            if entry is None:
-                raise MissingKernelError(f"NEURONJIT_NO_COMPILE is set. {_missing(spec, arch)}")
-        else:
-            entry = cache.load_or_build(key, compile_now)
+    except BackendError as error:
+        lacking = str(error)
+    entry: cache.Entry | None
+    if key and not no_compile():
+        entry = cache.load_or_build(key, compile_now)
+    else:  # any compiler's binary of the very same source will do, and any that runs here
+        entry = (cache.load(key) if key else None) or _find(spec, arch)
+        if entry is None:
+            missing = MissingKernelError if no_compile() else BackendError
+            raise missing(f"{lacking} {_missing(spec, arch)}")
     with _lock:
         _counts["compiled" if compiled else "loaded"] += 1
     return entry
+
+
+def _find(spec: KernelSpec, arch: str) -> cache.Entry | None:
+    archs = targets.by_name(spec.target).serving(arch)
+    found = (cache.find(spec.request, spec.target, other) for other in archs)
+    return next(filter(None, found), None)
 
 
 def no_compile() -> bool:

@@ -98,6 +98,12 @@ def runs_here(name: str) -> bool:
     )
 
 
+def serving(arch: str) -> list[str]:
+    """The architectures whose kernels run on this one, the best first."""
+    levels = [*_X86_LEVELS, "x86-64"]
+    return levels[levels.index(arch) :] if arch in levels else [arch]
+
+
 def check_arch(name: str) -> str:
     """`name` if kernels for it can be compiled here. Raises SpecError."""
     machine = platform.machine().lower()

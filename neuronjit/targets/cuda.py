@@ -55,6 +55,13 @@ def arch(device: int) -> str:
     return f"sm_{major}{minor}"
 
 
+def serving(arch: str) -> list[str]:
+    """The architectures whose cubins run on this one, the best first: minor versions up to its own."""
+    if not arch[-1].isdigit():  # sm_90a runs on that alone
+        return [arch]
+    return [f"{arch[:-1]}{minor}" for minor in range(int(arch[-1]), -1, -1)]
+
+
 def check_arch(name: str) -> str:
     """`name` if it is an architecture such as sm_90 (kernels for it can be compiled here). Raises SpecError."""
     if not re.fullmatch(r"sm_\d{2,3}[af]?", name):
