@@ -367,69 +367,6 @@ def _finite(text: str, node: ast.expr, value: Callable[[], float]) -> Node:
     raise _error(text, node, "this constant is not a finite number")
 
 
-# --- C++ -----------------------------------------------------------------------------------------
-
-_PRECEDENCE = {
-    "<": 1,
-    "<=": 1,
-    ">": 1,
-    ">=": 1,
-    "==": 1,
-    "!=": 1,
-    "+": 2,
-    "-": 2,
-    "*": 3,
-    "/": 3,
-    "neg": 4,
-}
-
-
-def to_cpp(node: Node) -> str:
-    """Print in the written order: the parentheses of the result force exactly the tree's association."""
-    return _print(node)[0]
-
-
-def _print(node: Node) -> tuple[str, int]:
-    if node.op == "name":
-        return str(node.value), 9
-    if node.op == "number":
-        return cpp_number(float(node.value)), 9
-    if node.op == "detach":  # matters to derivatives only
-        return _print(node.args[0])
-    if node.op == "**":
-        return _print_power(node)
-    printed = [_print(arg) for arg in node.args]
-    if node.op == "where":
-        (c, _), (a, pa), (b, pb) = printed
-        return f"({c} ? {_wrap(a, pa, 1)} : {_wrap(b, pb, 1)})", 9
-    if node.op in FUNCTIONS:
-        return f"m_{node.op}({', '.join(text for text, _ in printed)})", 9
-    own = _PRECEDENCE[node.op]
-    if node.op == "neg":
-        return f"-{_wrap(*printed[0], 9)}", own
-    (a, pa), (b, pb) = printed
-    return f"{_wrap(a, pa, own)} {node.op} {_wrap(b, pb, own + 1)}", own
-
-
-def _wrap(text: str, precedence: int, least: int) -> str:
-    return text if precedence >= least else f"({text})"
-
-
-def _print_power(node: Node) -> tuple[str, int]:
-    base, exponent = (_print(arg)[0] for arg in node.args)
-    if small_power(node):
-        return f"m_pow{int(float(node.args[1].value))}({base})", 9
-    return f"m_pow({base}, {exponent})", 9
-
-
 def small_power(node: Node) -> bool:
     """x**2 and x**3 are products on every target, hence exact; any other power is the library's pow."""
     return node.op == "**" and node.args[1].op == "number" and node.args[1].value in (2.0, 3.0)
-
-
-def cpp_number(value: float) -> str:
-    """A literal of the arithmetic type, rounded once from the double that Python read."""
-    if value == int(value) and abs(value) < 1e6:
-        return f"real({int(value)})" if value >= 0 else f"real({int(value)}.0)"
-    short = repr(value)
-    return f"real({short})"

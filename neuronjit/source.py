@@ -14,8 +14,9 @@ from typing import Any
 
 from .derivatives import add, derivative, multiply, negate
 from .errors import SpecError, known
-from .expressions import Node, Statement, name, number, to_cpp
+from .expressions import Node, Statement, name, number
 from .neurons import NeuronModel, as_model, program
+from .printing import divided_by, exact_divisions, fast_divisions, to_cpp
 from .surrogates import Surrogate, as_surrogate
 
 STORAGE = {"float32": "float", "float64": "double", "float16": "half_t", "bfloat16": "bfloat16_t"}
@@ -98,7 +99,7 @@ class KernelSpec:
 def _renderer() -> str:
     """Digest of the code and the templates that render: when they change, so may every text."""
     digest = hashlib.sha256(metadata.version("jinja2").encode())
-    for file in ("expressions.py", "derivatives.py", "neurons.py", "source.py"):
+    for file in ("expressions.py", "derivatives.py", "printing.py", "neurons.py", "source.py"):
         digest.update(pkgutil.get_data(__package__, file) or b"")
     for template in sorted(templates().glob("*.j2")):
         digest.update(template.name.encode() + b"\0" + template.read_bytes())
@@ -123,7 +124,7 @@ class Field:
 
 
 def arguments(spec: KernelSpec) -> list[Field]:
-    """The argument struct, in the order in which `multistep` packs it: pointers, counts, numbers, T."""
+    """The argument struct in the order in which a plan packs it: pointers, counts, numbers, T."""
     states, params, forward = (
         list(spec.model.state),
         list(spec.model.params),
@@ -210,7 +211,7 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,  # an included header must not swallow the next line
-        autoescape=False,  # C++, not HTML; no text of the user's reaches a template, only printed trees
+        autoescape=False,  # C++, not HTML; only printed trees of the user's reach it
     )
 
 
@@ -232,6 +233,7 @@ def _context(spec: KernelSpec) -> dict[str, Any]:
         "fields": arguments(spec),
         "states": list(spec.model.state),
         "params": list(spec.model.params),
+        "divisors": divisors(spec),
         "surrogate_params": surrogate_params,
         "smooth_params": [] if spec.spiking else surrogate_params,
         "surrogate_functions": _surrogate_functions(spec),
@@ -241,18 +243,17 @@ def _context(spec: KernelSpec) -> dict[str, Any]:
 
 
 def _surrogate_functions(spec: KernelSpec) -> list[dict[str, str]]:
-    functions: list[tuple[str, Node, str]] = []
     surrogate = spec.surrogate
+    functions: list[tuple[str, Node, str]] = []
     if surrogate and not spec.spiking and surrogate.primitive_tree:
-        functions.append(
-            ("smooth_spike_", surrogate.primitive_tree, "the smooth spike at u = h - theta")
-        )
+        functions.append(("smooth_spike_", surrogate.primitive_tree, "the smooth spike"))
     if surrogate and spec.direction == "backward":
         tree = surrogate.derivative_tree if spec.spiking else surrogate.smooth_derivative_tree
-        functions.append(("slope_", tree, "ds/du at u = h - theta"))
+        functions.append(("slope_", fast_divisions(tree, ()), "ds/du"))
     return [
-        {"name": n, "body": to_cpp(tree), "comment": f"{surrogate and surrogate.name}: {c}"}
-        for n, tree, c in functions
+        {"name": n, "body": to_cpp(tree), "comment": f"{surrogate.name}: {what} at u = h - theta"}
+        for n, tree, what in functions
+        if surrogate
     ]
 
 
@@ -270,13 +271,22 @@ def _needed(statements: Sequence[Statement], outputs: set[str]) -> list[Statemen
 def _print_statement(spec: KernelSpec, statement: Statement) -> str:
     expression = statement.expression
     if expression.op != "fire":
-        return f"const real {statement.target} = {to_cpp(expression)};"
+        exact = exact_divisions(expression, divisors(spec))
+        return f"const real {statement.target} = {to_cpp(exact)};"
     h, theta = expression.args
     if spec.spiking:
         comparison = to_cpp(Node(">" if spec.model.strict else ">=", (h, theta)))
         return f"const real s = {comparison} ? real(1) : real(0);"
     extra = "".join(f", sg_{p}_" for p in surrogate_arguments(spec))
     return f"const real s = smooth_spike_({to_cpp(Node('-', (h, theta)))}{extra});"
+
+
+@cache
+def divisors(spec: KernelSpec) -> tuple[str, ...]:
+    """Parameters that states are divided by at every step: threads keep their reciprocals."""
+    statements = program(spec.model, spec.reset, spec.detach_reset).statements
+    found = set().union(*(divided_by(s.expression) for s in statements))
+    return tuple(p for p in spec.model.params if p in found)
 
 
 def _step(spec: KernelSpec) -> list[str]:
@@ -292,7 +302,8 @@ def _step(spec: KernelSpec) -> list[str]:
 def _adjoint(spec: KernelSpec) -> list[str]:
     """Reverse-mode differentiation, one statement at a time: d_<name>_ is the gradient of <name>.
 
-    Every generated name is <prefix>_<name>_; names of the equations never end in _, so no two can meet.
+    Every generated name is <prefix>_<name>_; names of the equations never end in _,
+    so no two can meet.
     """
     lowered = program(spec.model, spec.reset, spec.detach_reset)
     terms: dict[str, list[Node]] = {}
@@ -350,9 +361,9 @@ def _adjoint(spec: KernelSpec) -> list[str]:
             else None
         )
         if declared is None or declared in used:
-            kept.append(
-                f"{before}{expression if isinstance(expression, str) else to_cpp(expression)};"
-            )
+            if isinstance(expression, Node):
+                expression = to_cpp(fast_divisions(expression, divisors(spec)))
+            kept.append(f"{before}{expression};")
             used |= reads
     needed = _needed(lowered.statements, used)
     return [_print_statement(spec, s) for s in needed] + kept[::-1]

@@ -28,7 +28,7 @@ STACK = [
     "cachedir",
     "cachefile",
     "neurons surrogates",
-    "derivatives",
+    "derivatives printing",
     "expressions",
     "errors terminal",
 ]

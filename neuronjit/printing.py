@@ -1,0 +1,100 @@
+"""Expressions as C++: in the written order, with divisions by parameters as kernels want them."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from .expressions import Node, name, number, small_power
+
+_PRECEDENCE = {
+    "<": 1,
+    "<=": 1,
+    ">": 1,
+    ">=": 1,
+    "==": 1,
+    "!=": 1,
+    "+": 2,
+    "-": 2,
+    "*": 3,
+    "/": 3,
+    "neg": 4,
+}
+
+
+def to_cpp(node: Node) -> str:
+    """Print in the written order: parentheses force exactly the tree's association."""
+    return _print(node)[0]
+
+
+def _print(node: Node) -> tuple[str, int]:
+    if node.op == "name":
+        return str(node.value), 9
+    if node.op == "number":
+        return cpp_number(float(node.value)), 9
+    if node.op == "detach":  # matters to derivatives only
+        return _print(node.args[0])
+    if node.op == "**":
+        return _print_power(node)
+    printed = [_print(arg) for arg in node.args]
+    if node.op == "where":
+        (c, _), (a, pa), (b, pb) = printed
+        return f"({c} ? {_wrap(a, pa, 1)} : {_wrap(b, pb, 1)})", 9
+    if node.op not in _PRECEDENCE:
+        return f"m_{node.op}({', '.join(text for text, _ in printed)})", 9
+    own = _PRECEDENCE[node.op]
+    if node.op == "neg":
+        return f"-{_wrap(*printed[0], 9)}", own
+    (a, pa), (b, pb) = printed
+    return f"{_wrap(a, pa, own)} {node.op} {_wrap(b, pb, own + 1)}", own
+
+
+def _wrap(text: str, precedence: int, least: int) -> str:
+    return text if precedence >= least else f"({text})"
+
+
+def _print_power(node: Node) -> tuple[str, int]:
+    base, exponent = (_print(arg)[0] for arg in node.args)
+    if small_power(node):
+        return f"m_pow{int(float(node.args[1].value))}({base})", 9
+    return f"m_pow({base}, {exponent})", 9
+
+
+def cpp_number(value: float) -> str:
+    """A literal of the arithmetic type, rounded once from the double that Python read."""
+    if value == int(value) and abs(value) < 1e6:
+        return f"real({int(value)})" if value >= 0 else f"real({int(value)}.0)"
+    short = repr(value)
+    return f"real({short})"
+
+
+def exact_divisions(node: Node, divisors: Container[str]) -> Node:
+    """The same rounded values, from the reciprocals that a thread keeps of `divisors`."""
+    args = tuple(exact_divisions(arg, divisors) for arg in node.args)
+    if node.op == "/" and args[1].op == "name" and args[1].value in divisors:
+        return Node("divide", (*args, reciprocal(str(args[1].value))))
+    return Node(node.op, args, node.value)
+
+
+def fast_divisions(node: Node, divisors: Container[str]) -> Node:
+    """For gradients: products with reciprocals, and divisions to the last bit or two."""
+    args = tuple(fast_divisions(arg, divisors) for arg in node.args)
+    if node.op != "/":
+        return Node(node.op, args, node.value)
+    a, b = args
+    if b.op == "name" and b.value in divisors:
+        r = reciprocal(str(b.value))
+        return r if a == number(1) else Node("*", (a, r))
+    return Node("ratio", (a, b))
+
+
+def reciprocal(parameter: str) -> Node:
+    """The name of 1 / parameter in generated code."""
+    return name(f"r_{parameter}_")
+
+
+def divided_by(node: Node) -> set[str]:
+    """Every name that something is divided by."""
+    found = set().union(*(divided_by(arg) for arg in node.args))
+    if node.op == "/" and node.args[1].op == "name":
+        found.add(str(node.args[1].value))
+    return found
