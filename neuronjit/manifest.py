@@ -160,6 +160,7 @@ def _model(given: Any) -> NeuronModel:
         return neurons.by_name(given)
     _expect(given, dict, "model")
     _expect(given.get("equations"), str, "equations")
+    _expect(given.get("strict"), bool, "strict")
     for field in ("state", "params"):
         _expect(given.get(field), dict, field)
     for positive in _expect(given.get("positive"), list, "positive"):
@@ -176,6 +177,7 @@ def _surrogate(given: Any) -> Surrogate | None:
     _expect(given.get("derivative"), str, "derivative")
     _expect(given.get("primitive") or "", str, "primitive")
     _expect(given.get("params"), dict, "params")
+    _expect(given.get("spiking"), bool, "spiking")
     return _construct(Surrogate, given)  # type: ignore[no-any-return]
 
 
