@@ -305,6 +305,7 @@ def start(*words, **environment):
     return subprocess.Popen(
         [sys.executable, "-m", "neuronjit.cli", *map(str, words)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
     )  # fmt: skip
 
 
@@ -315,7 +316,7 @@ def test_interrupted_prebuild_leaves_a_sound_cache(empty, run):
     until = time.monotonic() + 120
     while not (empty.is_dir() and list(empty.iterdir())) and time.monotonic() < until:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "what was finished is kept" in err
