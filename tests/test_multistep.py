@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import oracle
 import pytest
@@ -256,6 +257,21 @@ def test_nan_and_infinity(model: str, reset: str, dtype: torch.dtype, device: st
     assert not out.spikes.isnan().any(), "a NaN does not reach the threshold: it does not fire"
     others = [i for i in range(16) if i not in (3, 5, 7, 9)]
     assert out.record["v"][:, others].isfinite().all()
+
+
+@each_device
+@each_reset
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_an_infinite_input_at_the_end_spoils_no_earlier_gradient(
+    bad: float, reset: str, device: str
+) -> None:
+    """Nothing follows the last step: v after it gets no gradient, and 0 * inf must not make one.
+
+    An overflowed activation of half-precision training would otherwise poison its whole history.
+    """
+    x = inputs((7, 16))
+    x[-1, 3:6] = bad
+    check("LIF", x.requires_grad_(), reset=reset, device=device, record=(), arriving=["s"])
 
 
 @each_device

@@ -1,0 +1,467 @@
+"""The language of the equations: what every function, operator and rule means, on every target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import DEVICES, assert_near, assert_same_bits
+from torch import Tensor
+
+import neuronjit as nj
+
+Torch = Callable[[Tensor], Tensor]
+# where the equations are evaluated: the kernels, and eager PyTorch
+each_place = pytest.mark.parametrize(
+    ("device", "backend"),
+    [("cpu", "cpu"), ("cpu", "eager"), pytest.param("cuda", "cuda", marks=pytest.mark.cuda)],
+    ids=lambda value: value,
+)
+each_arithmetic = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+assert len(DEVICES) == 2
+
+
+def evaluate(
+    expressions: list[str], x: Tensor, device: str, backend: str, **params: float | Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Values and derivatives at x of many expressions: one state each, in one kernel.
+
+    Each expression has a row of x of its own, so that an infinite slope stays in its row.
+    """
+    names = [f"y{i}" for i in range(len(expressions))]
+    lines = [f"{n} = {e}" for n, e in zip(names, expressions, strict=True)]
+    model = nj.NeuronModel(
+        "language",
+        "\n".join([*lines, "h = v + x"]),
+        state={"v": 0.0, **dict.fromkeys(names, 0.0)},
+        params=dict.fromkeys(params, 1.0),
+    )
+    rows = x.expand(1, len(names), -1).to(device).contiguous().requires_grad_()
+    params = {k: p.to(device) if isinstance(p, Tensor) else p for k, p in params.items()}
+    out = nj.multistep(model, rows, record=names, backend=backend, **params)
+    values = [out.record[name][0, i].detach().cpu() for i, name in enumerate(names)]
+    outputs, weights = [], []
+    for i, name in enumerate(names):
+        weight = torch.zeros_like(rows)
+        weight[0, i] = 1
+        if out.record[name].requires_grad:
+            outputs.append(out.record[name])
+            weights.append(weight)
+    (slopes,) = torch.autograd.grad(outputs, rows, weights, materialize_grads=True)
+    return values, list(slopes[0].cpu())
+
+
+def compare(
+    table: dict[str, Torch],
+    x: Tensor,
+    device: str,
+    backend: str,
+    tolerance: float,
+    tiny: float = 0.0,
+) -> None:
+    """Values and slopes of each expression against torch in float64."""
+    values, slopes = evaluate(list(table), x, device, backend)
+    for (text, function), value, slope in zip(table.items(), values, slopes, strict=True):
+        wide = x.double().requires_grad_()
+        want = function(wide)
+        (want_slope,) = torch.autograd.grad(want.sum(), wide)
+        for got, exact, what in ((value, want.detach(), "value"), (slope, want_slope, "slope")):
+            exact = exact.to(x.dtype)
+            bad = ~torch.isclose(got, exact, rtol=tolerance, atol=tiny, equal_nan=True)
+            assert not bad.any(), (
+                f"{what} of {text} at {x[bad][:3].tolist()}: {got[bad][:3].tolist()}, "
+                f"expected {exact[bad][:3].tolist()}"
+            )
+
+
+ANYWHERE: dict[str, Torch] = {
+    "exp(x)": torch.exp, "tanh(x)": torch.tanh, "sigmoid(x)": torch.sigmoid, "sin(x)": torch.sin,
+    "cos(x)": torch.cos, "atan(x)": torch.atan, "erf(x)": torch.erf, "abs(x)": torch.abs,
+    "sign(x)": torch.sign, "x**2": torch.square, "x**3": lambda x: x**3,
+    "minimum(x, 0.5)": lambda x: torch.minimum(x, x.new_tensor(0.5)),
+    "maximum(0.5, x)": lambda x: torch.maximum(x.new_tensor(0.5), x),
+    "2**x": lambda x: torch.pow(2.0, x), "pi * x": lambda x: math.pi * x,
+}  # fmt: skip
+ABOVE_ZERO: dict[str, Torch] = {
+    "log(x)": torch.log, "sqrt(x)": torch.sqrt, "x**0.5": torch.sqrt, "x**-1.5": lambda x: x**-1.5,
+    "1 / x": torch.reciprocal, "x**-1": torch.reciprocal,
+    "x**4": lambda x: x**4,
+}  # fmt: skip
+
+
+@each_place
+@each_arithmetic
+def test_functions_and_their_derivatives(dtype: torch.dtype, device: str, backend: str) -> None:
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-14
+    x = torch.cat([torch.linspace(-6, 6, 301), torch.tensor([0.0, 0.5, -0.5, 1e-3, -1e-3, 1e-8])])
+    compare(ANYWHERE, x.to(dtype), device, backend, tolerance, tiny=tolerance / 4)
+    x = torch.cat([torch.linspace(0.01, 8, 301), torch.tensor([1e-3, 1e-8, 1.0, 1e4])])
+    compare(ABOVE_ZERO, x.to(dtype), device, backend, tolerance, tiny=tolerance / 4)
+    compare({"x**x": lambda x: x**x}, x[:301].to(dtype), device, backend, 4 * tolerance)
+
+
+@each_place
+@each_arithmetic
+def test_functions_at_the_ends_of_the_range(dtype: torch.dtype, device: str, backend: str) -> None:
+    """Overflow, underflow, infinities and NaN, as torch has them."""
+    table = {
+        k: ANYWHERE[k] for k in ("exp(x)", "tanh(x)", "sigmoid(x)", "atan(x)", "erf(x)", "abs(x)")
+    }
+    table |= {
+        "minimum(x, 0.5)": ANYWHERE["minimum(x, 0.5)"],
+        "maximum(0.5, x)": ANYWHERE["maximum(0.5, x)"],
+    }
+    ends = [
+        -1e30,
+        -1000.0,
+        -103.5,
+        -95.0,
+        -88.0,
+        -87.0,
+        -20.0,
+        20.0,
+        80.0,
+        88.5,
+        88.8,
+        95.0,
+        800.0,
+        1e30,
+    ]
+    x = torch.tensor([*ends, math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-40]).to(dtype)
+    values, _ = evaluate(list(table), x, device, backend)
+    for (text, function), value in zip(table.items(), values, strict=True):
+        want = function(x)
+        # the kernels' sigmoid, 1 / (1 + exp(-x)), is 0 where torch's is a subnormal number
+        close = torch.isclose(value, want, rtol=4e-6, atol=1.2e-38, equal_nan=True)
+        assert close.all(), (
+            f"{text} at {x[~close].tolist()}: {value[~close].tolist()}, not {want[~close].tolist()}"
+        )
+
+
+@each_place
+def test_exp_is_accurate_everywhere(device: str, backend: str) -> None:
+    x = torch.linspace(-87.3, 88.7, 200_001)
+    (value,), _ = evaluate(["exp(x)"], x, device, backend)
+    error = (value.double() - x.double().exp()).abs() / x.double().exp()
+    assert error.max() < 2.5e-7, f"{error.max():.2e} at {x[error.argmax()]}"
+
+
+@each_place
+def test_powers_of_zero_and_of_negative_numbers(device: str, backend: str) -> None:
+    x = torch.tensor([-2.0, -1.0, 0.0, 3.0])
+    for exponent in (0.0, 1.0, 2.0, 3.0, -1.0):
+        (value,), (slope,) = evaluate(["x**p"], x, device, backend, p=exponent)
+        leaf = x.clone().requires_grad_()
+        want = leaf ** torch.tensor(exponent)
+        (want_slope,) = torch.autograd.grad(want.sum(), leaf)
+        torch.testing.assert_close(value, want.detach(), equal_nan=True)
+        torch.testing.assert_close(
+            slope, want_slope, equal_nan=True, msg=lambda m, p=exponent: f"p={p}: {m}"
+        )
+
+
+@each_place
+def test_comparisons(device: str, backend: str) -> None:
+    """All six, on both sides and on the tie; a NaN is unequal to everything."""
+    x = torch.tensor([-1.0, 0.25, 0.5, 0.75, -0.0, math.nan, math.inf])
+    operators = {
+        "<": x < 0.5,
+        "<=": x <= 0.5,
+        ">": x > 0.5,
+        ">=": x >= 0.5,
+        "==": x == 0.5,
+        "!=": x != 0.5,
+    }
+    texts = [f"where(x {operator} 0.5, 3 * x, -x)" for operator in operators]
+    values, _ = evaluate(texts, x, device, backend)
+    _, slopes = evaluate(texts, x[:5], device, backend)
+    for (operator, chosen), value, slope in zip(operators.items(), values, slopes, strict=True):
+        assert_same_bits(value, torch.where(chosen, 3 * x, -x), operator)
+        assert_same_bits(slope, torch.where(chosen, 3.0, -1.0)[:5], f"slope of {operator}")
+
+
+@each_place
+def test_ties_share_the_slope(device: str, backend: str) -> None:
+    """As in torch: one half each at a tie of minimum and maximum, none at the corner of abs."""
+    texts = ["minimum(x, 0.5)", "maximum(x, 0.5)", "minimum(x, x)", "abs(x - 0.5)", "sign(x - 0.5)"]
+    _, slopes = evaluate(texts, torch.tensor([0.5]), device, backend)
+    assert [slope.item() for slope in slopes] == [0.5, 0.5, 1.0, 0.0, 0.0]
+
+
+@each_place
+def test_the_written_order_is_kept(device: str, backend: str) -> None:
+    """Float32 bits show any reordering, simplification or contraction."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2001, generator=generator) * 10
+    c = {n: torch.tensor(n) for n in (0.1, 0.3, 3.0, 7.0, 1e8, 1.7)}
+    table: dict[str, Tensor] = {
+        "x + 0.1 + 0.3": (x + c[0.1]) + c[0.3],
+        "x + (0.1 + 0.3)": x + (c[0.1] + c[0.3]),
+        "0.1 + (0.3 + x)": c[0.1] + (c[0.3] + x),
+        "x - 0.1 - 0.3": (x - c[0.1]) - c[0.3],
+        "x - (0.1 - 0.3)": x - (c[0.1] - c[0.3]),
+        "x - (0.1 + x) - 0.3": (x - (c[0.1] + x)) - c[0.3],
+        "(x + 1e8) - 1e8": (x + c[1e8]) - c[1e8],
+        "x / 3 / 7": (x / c[3.0]) / c[7.0],
+        "x / (3 / 7)": x / (c[3.0] / c[7.0]),
+        "x / (3 * 7)": x / (c[3.0] * c[7.0]),
+        "x / 3 * 7": (x / c[3.0]) * c[7.0],
+        "x * (7 / 3)": x * (c[7.0] / c[3.0]),
+        "x * 7 + 0.1": (x * c[7.0]) + c[0.1],
+        "x * x - x * 1.7": (x * x) - (x * c[1.7]),
+        "-x**2": -(x * x),
+        "(-x)**2": (-x) * (-x),
+        "-x * -0.3": (-x) * (-c[0.3]),
+        "x - -0.3": x - (-c[0.3]),
+        "- - x": x,
+        "+x": x,
+        "-(x + 0.1) * 3": -(x + c[0.1]) * c[3.0],
+        "x**3": x * x * x,
+        "where(x < 0.1, x, 0.3) * 3": torch.where(x < c[0.1], x, c[0.3]) * c[3.0],
+        "3 * where(x + 0.1 >= 0.3 * x, x - 1.7, x) - x": c[3.0]
+        * torch.where(x + c[0.1] >= c[0.3] * x, x - c[1.7], x)
+        - x,
+    }
+    values, _ = evaluate(list(table), x, device, backend)
+    for (text, want), value in zip(table.items(), values, strict=True):
+        assert_same_bits(value, want, text)
+
+
+@each_place
+def test_numbers_are_rounded_once(device: str, backend: str) -> None:
+    """Every number reaches the kernel as the float32 (float64) nearest to what was written."""
+    written = [
+        "0.1", "1e-8", "16777217", "3.4028234e38", "1e-45", "123456789.123", "1e30",
+        "0.30000001192", "100000000000000000000", "2.5e-310", "1000000", "999999.9", "0x10",
+        "1_000.5",
+    ]  # fmt: skip
+    for dtype in (torch.float32, torch.float64):
+        values, _ = evaluate(
+            [f"x * {n}" for n in written], torch.ones(1, dtype=dtype), device, backend
+        )
+        for text, value in zip(written, values, strict=True):
+            number = float(int(text, 0)) if text.startswith("0x") else float(text)
+            assert_same_bits(value, torch.tensor([number], dtype=dtype), text)
+
+
+@each_place
+def test_gradients_of_operators_reach_every_operand(device: str, backend: str) -> None:
+    model = nj.NeuronModel(
+        "operands",
+        """
+        y = a * x - b / c + (a + c)**b + maximum(a, b) * minimum(b, c)
+        h = y - where(a < b, c, x) + abs(c - a)
+        """,
+        state=dict(v=0.0), params=dict(a=1.1, b=1.2, c=1.3),
+    )  # fmt: skip
+    x = torch.rand(1, 7, dtype=torch.float64, device=device, requires_grad=True)
+    leaves = {
+        n: torch.rand(7, dtype=torch.float64, device=device).add(0.5).requires_grad_()
+        for n in "abc"
+    }
+    out = nj.multistep(model, x, record="h", backend=backend, **leaves)
+    got = torch.autograd.grad(out.record["h"].sum(), [x, *leaves.values()])
+    a, b, c = leaves.values()
+    h = a * x - b / c + (a + c) ** b + torch.maximum(a, b) * torch.minimum(b, c)
+    h = h - torch.where(a < b, c, x) + (c - a).abs()
+    for mine, want, name in zip(
+        got, torch.autograd.grad(h.sum(), [x, a, b, c]), "xabc", strict=True
+    ):
+        assert_near(mine, want.cpu(), 1e-12, name)
+
+
+# --- detach, theta, s and the assignment of v ----------------------------------------------------
+
+
+@each_place
+def test_detach(device: str, backend: str) -> None:
+    texts = ["x * detach(x)", "detach(x * x)", "detach(where(x > 0, 1, 0)) * x", "x + detach(-x)"]
+    x = torch.tensor([0.5, -2.0])
+    values, slopes = evaluate(texts, x, device, backend)
+    want = [x * x, x * x, (x > 0) * x, x - x]
+    want_slopes = [x, 0 * x, (x > 0).float(), torch.ones(2)]
+    for text, *pairs in zip(texts, values, want, slopes, want_slopes, strict=True):
+        assert torch.equal(pairs[0], pairs[1]) and torch.equal(pairs[2], pairs[3]), text
+
+
+def run(text: str, x: list[float], device: str, backend: str, **options: Any) -> nj.Output:
+    params = options.pop("params", {})
+    state = options.pop("state", {"v": 0.0})
+    model = nj.NeuronModel("rules", text, state=state, params=params)
+    sequence = torch.tensor(x, device=device)[:, None]
+    record = options.pop("record", (*state, "h"))
+    return nj.multistep(model, sequence, record=record, backend=backend, **options)
+
+
+def column(out: nj.Output, name: str) -> list[float]:
+    sequence = out.spikes if name == "s" else out.record[name]
+    return sequence.detach().flatten().tolist()
+
+
+@each_place
+def test_theta_is_the_threshold_and_soft_reset_subtracts_it(device: str, backend: str) -> None:
+    text = "h = v + x\ntheta = v_threshold + b * a\na = a + s"
+    out = run(
+        text, [1.0, 1.0, 1.0, 1.0], device, backend,
+        state={"v": 0.0, "a": 0.0}, params={"b": 0.5}, reset="soft",
+    )  # fmt: skip
+    # theta 1: fires, v 0, a 1. theta 1.5: h 1. theta 1.5: h 2, fires, v 0.5, a 2. theta 2: h 1.5
+    assert column(out, "s") == [1, 0, 1, 0]
+    assert column(out, "v") == [0, 1, 0.5, 1.5] and column(out, "a") == [1, 1, 2, 2]
+
+
+@each_place
+def test_theta_may_be_read_without_being_assigned(device: str, backend: str) -> None:
+    out = run("h = v + x * theta", [1.0, 0.5], device, backend, v_threshold=0.75)
+    assert column(out, "h") == [0.75, 0.375] and column(out, "s") == [1, 0]
+
+
+@each_place
+def test_reading_s_fires(device: str, backend: str) -> None:
+    """Statements before it see the old v, those from it on the spike and the v that was reset."""
+    text = "h = v + x\nbefore = v\nn = n + s\nafter = v + h"
+    state = {"v": 0.0, "n": 0.0, "before": 0.0, "after": 0.0}
+    out = run(text, [0.75, 0.5, 0.5], device, backend, state=state)
+    assert column(out, "s") == [0, 1, 0] and column(out, "n") == [0, 1, 1]
+    assert column(out, "before") == [0, 0.75, 0] and column(out, "after") == [1.5, 1.25, 1.0]
+    assert column(out, "v") == [0.75, 0.0, 0.5]
+
+
+@each_place
+@pytest.mark.parametrize("reset", ["hard", "soft"])
+def test_a_model_may_assign_v(reset: str, device: str, backend: str) -> None:
+    """Then the reset mode changes nothing."""
+    out = run("h = v + x\nv = h - s * (theta - 0.25)", [1.5, 0.5], device, backend, reset=reset)
+    assert column(out, "s") == [1, 1] and column(out, "v") == [0.75, 0.5]
+
+
+@each_place
+def test_a_name_may_be_assigned_again(device: str, backend: str) -> None:
+    text = "y = x + 1\ny = y * y\nw = w + y\nw = w * 2\nh = v + y\nh = h + w"
+    out = run(text, [1.0], device, backend, state={"v": 0.0, "w": 0.25})
+    assert column(out, "w") == [8.5] and column(out, "h") == [12.5]
+
+
+@each_place
+def test_a_state_that_never_changes(device: str, backend: str) -> None:
+    out = run("h = v + x * k", [1.0, 1.0], device, backend, state={"v": 0.0, "k": 0.25})
+    assert column(out, "k") == [0.25, 0.25] and column(out, "h") == [0.25, 0.5]
+
+
+@each_place
+def test_a_parameter_that_nothing_reads(device: str, backend: str) -> None:
+    model = nj.NeuronModel("idle", "h = v + x", state=dict(v=0.0), params=dict(unused=1.0))
+    x = torch.rand(3, 4, device=device, requires_grad=True)
+    unused = torch.ones(4, device=device, requires_grad=True)
+    out = nj.multistep(model, x, backend=backend, unused=unused)
+    grads = torch.autograd.grad(out.spikes.sum(), [x, unused], materialize_grads=True)
+    assert grads[1].eq(0).all()
+
+
+@each_place
+def test_a_model_that_ignores_its_input(device: str, backend: str) -> None:
+    model = nj.NeuronModel("pacemaker", "h = v + rate", state=dict(v=0.0), params=dict(rate=0.5))
+    x = torch.zeros(4, 3, device=device, requires_grad=True)
+    rate = torch.tensor(0.5, device=device, requires_grad=True)
+    out = nj.multistep(model, x, backend=backend, rate=rate)
+    assert out.spikes[:, 0].tolist() == [0, 1, 0, 1]
+    grads = torch.autograd.grad(out.spikes.sum(), [x, rate], materialize_grads=True)
+    assert grads[0].eq(0).all() and grads[1] > 0
+
+
+def test_indentation_comments_and_blank_lines_are_free() -> None:
+    plain = nj.NeuronModel("m", "y = x\nh = v + y", state=dict(v=0.0))
+    free = nj.NeuronModel(
+        "m",
+        """
+
+            y = x  # the input
+            # now charge
+            h = (v
+                 + y)
+        """,
+        state=dict(v=0.0),
+    )
+    x = torch.rand(3, 4)
+    assert torch.equal(nj.multistep(plain, x).spikes, nj.multistep(free, x).spikes)
+
+
+# --- names that mean something in the generated code ---------------------------------------------
+
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+# what our templates append to the names of states, and where that leads
+STATES = words("v_d v_in v_now v_ahead v_seq v_last v_ptr v_value v_grad v_1 s_1 d_v after_v z_v")
+# our templates' and headers' own words
+OURS = words(
+    "K LANES LOADS N T Seq Row Args INLINE UNROLL FOR_LANES ENTRY OMP_FOR real storage half_t "
+    "bfloat16_t m_exp m_pow2 to_real from_real load_row step slope sg_alpha p_tau dx spike charged "
+    "sums first valid lane x_now x_grad s_d s_now h_d h_now v_inner v_count tau_d tau_grad alpha "
+    "alpha_sg u checkpoints partials xd"
+)
+# words of C, C++ and CUDA
+THEIRS = words(
+    "std errno NAN INFINITY NULL EOF M_PI main printf linux unix assert float32 uint16_t int32_t "
+    "size_t isnan fmaf expf j0 y0 y1 gamma index threadIdx blockIdx warpSize float4 dim3 extern "
+    "asm typeof restrict noinline and xor bool char half min max round signbit time clock nan inf"
+)
+
+
+def accepted(words: list[str]) -> list[str]:
+    """The words that the language takes as a name."""
+    names = []
+    for name in words:
+        try:
+            nj.NeuronModel("m", f"h = v + x * {name}", state=dict(v=0.0), params={name: 0.5})
+        except nj.EquationError:
+            continue
+        names.append(name)
+    return names
+
+
+@each_place
+@pytest.mark.parametrize("role", ["state", "parameter", "temporary"])
+def test_an_accepted_name_works(role: str, device: str, backend: str) -> None:
+    """Whatever a name means to a compiler or to our templates: rejected at the door, or harmless.
+
+    All together in one model, and beside each other, with every gradient asked for.
+    """
+    names = accepted({"state": STATES, "temporary": THEIRS, "parameter": OURS + THEIRS}[role])
+    assert len(names) > 10, "so many cannot all be forbidden"
+    rows = [f"({' + '.join(names[i : i + 12])})" for i in range(0, len(names), 12)]
+    total = " + ".join(rows)  # in rows: 100 levels are the limit
+    x = torch.rand(4, 3, dtype=torch.float64, device=device, requires_grad=True)
+    if role == "state":
+        text = f"h = v + x * ({total})\n" + "\n".join(f"{n} = {n} * 0.5 + s * 0.125" for n in names)
+        model = nj.NeuronModel("m", text, state={"v": 0.0, **dict.fromkeys(names, 0.01)})
+        params = {}
+    elif role == "parameter":
+        model = nj.NeuronModel(
+            "m", f"h = v + x * ({total})", state=dict(v=0.0), params=dict.fromkeys(names, 0.01)
+        )
+        params = {
+            n: torch.full(
+                (3,) if i % 2 else (), 0.01, dtype=torch.float64, device=device, requires_grad=True
+            )
+            for i, n in enumerate(names)
+        }
+    else:
+        text = "\n".join(f"{n} = x * 0.01" for n in names) + f"\nh = v + x * ({total})"
+        model, params = nj.NeuronModel("m", text, state=dict(v=0.0)), {}
+    record = tuple(model.state)[:3]
+    out = nj.multistep(model, x, record=record, backend=backend, **params)
+    want = nj.multistep(model, x, record=record, backend="eager", **params)
+    for name in record:
+        torch.testing.assert_close(out.record[name], want.record[name], msg=name)
+    leaves = [x, *params.values()]
+    grads = [
+        torch.autograd.grad(sum(r.sum() for r in o.record.values()), leaves) for o in (out, want)
+    ]
+    for mine, other in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, other)
