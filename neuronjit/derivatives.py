@@ -82,10 +82,15 @@ def _over(a: Node, b: Node) -> Node:
 
 
 def _power_slopes(n: Node, a: Node, b: Node) -> Sequence[Node]:
+    if _is(b, 0):
+        return _ZERO, _ZERO
     lower = number(float(b.value) - 1) if b.op == "number" else Node("-", (b, _ONE))
     by_base = multiply(b, a if _is(lower, 1) else Node("**", (a, lower)))
-    # as torch: d/db of a**b is 0 where a is 0
-    by_exponent = Node("where", (Node("==", (a, _ZERO)), _ZERO, multiply(n, Node("log", (a,)))))
+    if b.op != "number":  # as torch: slopes are 0, not 0 times infinity, for an exponent of 0 ...
+        by_base = Node("where", (Node("==", (b, _ZERO)), _ZERO, by_base))
+    slope = multiply(n, Node("log", (a,)))
+    at_zero = Node("where", (Node(">=", (b, _ZERO)), _ZERO, slope))  # ... and by it for a base of 0
+    by_exponent = Node("where", (Node("==", (a, _ZERO)), at_zero, slope))
     return by_base, by_exponent
 
 

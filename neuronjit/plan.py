@@ -36,6 +36,7 @@ class Plan:
         reset: str,
         detach_reset: bool,
         record: tuple[str, ...],
+        final_state: bool,
         target: str,
         x: Tensor,
         given: dict[str, Tensor],
@@ -43,6 +44,7 @@ class Plan:
     ) -> None:
         self.model, self.surrogate, self.target = model, surrogate, target
         self.reset, self.detach_reset, self.record = reset, detach_reset, record
+        self.final = tuple(model.state) if final_state else ()
         self.given, self.numbers = tuple(given), numbers
         self.states, self.params = tuple(model.state), tuple(model.params)
         self.dtype, self.real, self.device = x.dtype, arithmetic(x.dtype), x.device
@@ -87,11 +89,12 @@ class Plan:
     ) -> tuple[list[Tensor], Tensor | None]:
         """Spikes, last states and recorded sequences; and the checkpoints that backward needs, if any."""
         spikes = torch.empty_like(x)
-        lasts = [self._empty_state() for _ in self.states]
+        lasts = [self._empty_state() for _ in self.final]
         records = [torch.empty_like(x) for _ in self.record]
         inputs, alive = self._inputs(tensors)
         pointers = [x.data_ptr(), spikes.data_ptr()]
-        pointers += [t.data_ptr() for t in records] + [t.data_ptr() for t in lasts]
+        pointers += [t.data_ptr() for t in records]
+        pointers += [t.data_ptr() for t in lasts] if lasts else [0] * len(self.states)
         aligned = not any(p & 15 for p in pointers) and not any(p & 15 for p in inputs)
         launch = self._launches.get(key := (aligned,)) or self._load(
             key, "forward", self.record, ()
@@ -115,7 +118,7 @@ class Plan:
         wanted: Sequence[bool],
     ) -> list[Tensor | None]:
         """Gradients of x and of each tensor, as far as `wanted`; `grads` arrive as forward's outputs left."""
-        last = 1 + len(self.states)
+        last = 1 + len(self.final)
         arrived = zip(("s", *self.record), (grads[0], *grads[last:]), strict=True)
         sequences = {
             n: layout.in_layout(g, x.shape, x.stride()) for n, g in arrived if g is not None
@@ -128,7 +131,7 @@ class Plan:
         ends = [
             None if g is None else layout.in_layout(g, self.shape, self.strides)
             for g in grads[1:last]
-        ]
+        ] or [None] * len(self.states)
         inputs, alive = self._inputs(tensors)
         pointers = [x.data_ptr(), _pointer(x_grad)]
         pointers += [g.data_ptr() for g in sequences.values()] + [_pointer(g) for g in ends]

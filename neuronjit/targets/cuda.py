@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import ctypes
 import re
+import threading
 from functools import cache
 from typing import Any
 
 import torch
 
-from ..errors import BackendError, CompileError, SpecError
+from ..errors import BackendError, CompileError, MissingKernelError, SpecError
 from ..source import CUDA_BLOCK
 from .common import Shape, debug, first_lines, keep_source, steps_between_checkpoints
 
 # --fmad=false and IEEE division keep spikes bit-identical to the CPU's; the kernels wait for memory, not for these.
 FLAGS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
-_GET_STREAM: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # none in CPU builds
+# torch's own accessors, in a fifth of a microsecond each; CPU builds have neither
+_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 
 
 def why_unavailable() -> str | None:
@@ -110,13 +113,26 @@ def compile(source: str, symbol: str, arch: str) -> bytes:
         nvrtc.destroyProgram(program)
 
 
-class Kernel:
-    """One loaded kernel on one device."""
+class _Contexts(threading.local):
+    """The devices whose context this thread has: autograd's threads start with none."""
 
-    def __init__(self, module: int, function: int, lanes: int, device: int, launch: Any) -> None:
-        self._module = (
-            module  # never unloaded: a launch may still be queued, or captured in a graph
-        )
+    def __init__(self) -> None:
+        self.devices: set[int] = set()
+
+    def enter(self, device: int) -> None:
+        from cupy_backends.cuda.api import runtime
+
+        runtime.setDevice(device)  # the device that is current already; this makes its context so
+        self.devices.add(device)
+
+
+_contexts = _Contexts()
+
+
+class Kernel:
+    """One loaded kernel on one device. Never unloaded: a launch may be queued, or in a graph."""
+
+    def __init__(self, function: int, lanes: int, device: int, launch: Any) -> None:
         self._function = function
         self._neurons = lanes * CUDA_BLOCK
         self._device = device
@@ -127,30 +143,40 @@ class Kernel:
         return -(-n // self._neurons)
 
     def launch(self, packed: bytes, n: int, steps: int) -> None:
-        """Queue the kernel on torch's current stream of its device. `packed` is the argument struct."""
-        pointer = (ctypes.c_char_p * 1)(
-            packed
-        )  # the driver copies the struct from where this points
+        """Queue the kernel on torch's current stream of its device; `packed` is its argument."""
+        device = self._device
+        if _current_device() != device:
+            with torch.cuda.device(device):
+                return self.launch(packed, n, steps)
+        if device not in _contexts.devices:
+            _contexts.enter(device)
+        pointer = (ctypes.c_char_p * 1)(packed)  # the driver copies what this points to
         self._launch(
             self._function, -(-n // self._neurons), 1, 1, CUDA_BLOCK, 1, 1, 0,
-            _GET_STREAM(self._device), ctypes.addressof(pointer), 0,
+            _raw_stream(device), ctypes.addressof(pointer), 0,
         )  # fmt: skip
 
 
 def load(binary: bytes, symbol: str, lanes: int, device: int) -> Kernel:
-    """Load a cubin (or PTX) into the current context of `device`, from memory."""
+    """Load a cubin (or PTX) into the context of `device`, from memory.
+
+    Raises MissingKernelError while a CUDA graph is captured: loading would end the capture.
+    """
     from cupy_backends.cuda.api import driver
 
+    if torch.cuda.is_current_stream_capturing():
+        raise MissingKernelError(
+            f"{symbol} is not loaded yet, and cannot be while a CUDA graph is captured. Run the same"
+            " call once before the capture (`neuronjit-cache prebuild` spares it the compiling)"
+        )
     with torch.cuda.device(device):
-        torch.cuda.current_stream()  # creates the primary context, which the driver's calls use
+        _contexts.enter(device)
         module = driver.moduleLoadData(binary)
         function = driver.moduleGetFunction(module, symbol)
         spilled = driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function)
         registers = driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_NUM_REGS, function)
-    debug(
-        f"loaded {symbol} on cuda:{device}: {registers} registers, {spilled} bytes of local memory"
-    )
-    return Kernel(module, function, lanes, device, driver.launchKernel)
+    debug(f"loaded {symbol} on cuda:{device}: {registers} registers, {spilled} bytes spilled")
+    return Kernel(function, lanes, device, driver.launchKernel)
 
 
 def shape(
@@ -162,12 +188,12 @@ def shape(
     threads and long chains the next rows must be on their way before the current ones are used.
     """
     k = steps_between_checkpoints(steps, states)
-    forward = direction == "forward"
-    widest = min(16 // itemsize, 8) if forward else max(8 // itemsize, 1)
+    widest = max(8 // itemsize // states, 1)
     if sequences > 1:
-        widest = 1  # rows of several sequences at once leave no registers for more
+        widest = 1  # rows of several sequences at once want all registers
     lanes = 1
     while lanes < widest and aligned and n % (lanes * 2) == 0 and n // (lanes * 2) >= 132 * 512:
         lanes *= 2
     few = n // lanes < 132 * 1024
-    return Shape(k, lanes, k, few and steps > k)
+    loads = k if few or direction == "backward" else min(k, 8)
+    return Shape(k, lanes, loads, few and steps > k)
