@@ -1,0 +1,371 @@
+"""Bad inputs: one sentence at the caller's line, never a crash, never a silently wrong result."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import each_device, inputs, library_model
+from torch import Tensor
+
+import neuronjit as nj
+
+MODELS = ("LIF", "IF", "PLIF")
+Call = Callable[[Any, Tensor], Any]  # (model, x [4, 8]) -> anything
+
+
+def run(model: Any, x: Any, *args: Any, **options: Any) -> nj.Output:
+    return nj.multistep(model, x, *args, **options)
+
+
+def filled(x: Tensor, *shape: int, value: float = 0.5) -> Tensor:
+    return torch.full(shape, value, device=x.device)
+
+
+def rate(model: nj.NeuronModel) -> str:
+    """The model's time constant; IF has none, so its threshold."""
+    return next(name for name in ("tau", "reciprocal_tau", "v_threshold") if name in model.params)
+
+
+# what is done: (error, what its message must say)
+ROWS: dict[str, tuple[Call, type[Exception], str]] = {
+    # x
+    "x is a list": (lambda m, x: run(m, x.tolist()), nj.InputTypeError, r"Tensor.*list"),
+    "x is None": (lambda m, x: run(m, None), nj.InputTypeError, r"Tensor.*NoneType"),
+    "x is numpy": (lambda m, x: run(m, x.cpu().float().numpy()), nj.InputTypeError, "ndarray"),
+    "x is int64": (lambda m, x: run(m, x.long()), nj.InputTypeError, r"int64.*\.float\(\)"),
+    "x is uint8": (lambda m, x: run(m, x.byte()), nj.InputTypeError, "uint8"),
+    "x is bool": (lambda m, x: run(m, x > 0), nj.InputTypeError, r"torch\.bool"),
+    "x is complex": (lambda m, x: run(m, x.float() + 1j), nj.InputTypeError, "complex64"),
+    "x is conjugated": (lambda m, x: run(m, (x.float() + 1j).conj()), nj.InputTypeError, "complex"),
+    "x is sparse": (lambda m, x: run(m, x.float().to_sparse()), nj.InputTypeError, "sparse"),
+    "x is sparse CSR": (
+        lambda m, x: run(m, x.float().to_sparse_csr()), nj.InputTypeError, "sparse",
+    ),
+    "x is quantized": (
+        lambda m, x: run(m, torch.quantize_per_tensor(x.cpu().float(), 0.1, 0, torch.qint8)),
+        nj.InputTypeError, "qint8",
+    ),
+    "x is nested": (
+        lambda m, x: run(m, torch.nested.nested_tensor([x.float(), x.float()])),
+        nj.InputTypeError, "nested",
+    ),
+    "x is jagged": (
+        lambda m, x: run(m, torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged)),
+        nj.InputTypeError, "nested|jagged",
+    ),
+    "x is 0-dim": (lambda m, x: run(m, x[0, 0]), nj.SpecError, "time"),
+    "x is 8-bit float": (
+        lambda m, x: run(m, x.to(torch.float8_e4m3fn)), nj.InputTypeError, "float8",
+    ),
+    # states
+    "v of another shape": (
+        lambda m, x: run(m, x, {"v": filled(x, 3)}), nj.SpecError, r"v.*\(3,\).*\(8,\)",
+    ),
+    "v of another size": (
+        lambda m, x: run(m, x, {"v": filled(x, 4, 8)}), nj.SpecError, r"v.*\(4, 8\).*\(8,\)",
+    ),
+    "v of one element": (
+        lambda m, x: run(m, x, {"v": filled(x, 1)}), nj.SpecError, r"v.*\(1,\).*expand",
+    ),
+    "v is int": (
+        lambda m, x: run(m, x, {"v": filled(x, 8).long()}), nj.InputTypeError, "v.*int64",
+    ),
+    "v is complex": (
+        lambda m, x: run(m, x, {"v": filled(x, 8) + 1j}), nj.InputTypeError, "v.*complex",
+    ),
+    "v is sparse": (
+        lambda m, x: run(m, x, {"v": filled(x, 8).to_sparse()}), nj.InputTypeError, "v.*sparse",
+    ),
+    "v elsewhere": (
+        lambda m, x: run(m, x, {"v": torch.zeros(8, device="meta")}), nj.SpecError,
+        r"(cpu|cuda:\d).*v.*meta",
+    ),
+    "v is text": (lambda m, x: run(m, x, {"v": "0"}), nj.InputTypeError, "v.*str"),
+    "v is a list": (lambda m, x: run(m, x, {"v": [0.0] * 8}), nj.InputTypeError, "v.*list"),
+    "v is nan": (lambda m, x: run(m, x, {"v": math.nan}), nj.SpecError, "v.*finite.*nan"),
+    "unknown state": (lambda m, x: run(m, x, {"u": 0.0}), nj.SpecError, r"'u'.*Known: v"),
+    "state is a tensor": (lambda m, x: run(m, x, filled(x, 8)), nj.InputTypeError, "state.*Tensor"),
+    "state is a number": (lambda m, x: run(m, x, 0.5), nj.InputTypeError, "state.*float"),
+    "state is a list": (lambda m, x: run(m, x, [0.5]), nj.InputTypeError, "state.*list"),
+    # parameters
+    "zero": (lambda m, x: run(m, x, **{rate(m): math.nan}), nj.SpecError, "finite.*nan"),
+    "infinite": (lambda m, x: run(m, x, **{rate(m): math.inf}), nj.SpecError, "finite.*inf"),
+    "huge": (lambda m, x: run(m, x, **{rate(m): 1e39}), nj.SpecError, "1e\\+39"),
+    "huge integer": (lambda m, x: run(m, x, **{rate(m): 10**400}), nj.SpecError, "finite"),
+    "threshold is nan": (lambda m, x: run(m, x, v_threshold=math.nan), nj.SpecError, "v_threshold"),
+    "threshold is text": (
+        lambda m, x: run(m, x, v_threshold="1"), nj.InputTypeError, "v_threshold.*str",
+    ),
+    "threshold is bool": (lambda m, x: run(m, x, v_threshold=True), nj.InputTypeError, "bool"),
+    "threshold is complex": (lambda m, x: run(m, x, v_threshold=1j), nj.InputTypeError, "complex"),
+    "threshold is None": (lambda m, x: run(m, x, v_threshold=None), nj.InputTypeError, "NoneType"),
+    "threshold of another shape": (
+        lambda m, x: run(m, x, v_threshold=filled(x, 3)), nj.SpecError,
+        r"v_threshold.*\(3,\).*\(8,\)",
+    ),
+    "threshold for each step": (
+        lambda m, x: run(m, x, v_threshold=filled(x, 4, 8)), nj.SpecError,
+        r"v_threshold.*\(4, 8\).*\(8,\)",
+    ),
+    "threshold is int tensor": (
+        lambda m, x: run(m, x, v_threshold=filled(x, 1).long()), nj.InputTypeError,
+        "v_threshold.*int64",
+    ),
+    "threshold elsewhere": (
+        lambda m, x: run(m, x, v_threshold=torch.ones(1, device="meta")), nj.SpecError,
+        "v_threshold.*meta",
+    ),
+    "threshold of no element": (
+        lambda m, x: run(m, x, v_threshold=filled(x, 0)), nj.SpecError, r"v_threshold.*\(0,\)",
+    ),
+    "unknown parameter": (lambda m, x: run(m, x, taw=2.0), nj.SpecError, r"'taw'.*v_threshold"),
+    # choices
+    "unknown model": (
+        lambda m, x: run("lyf", x), nj.SpecError, r"'lyf'.*Known: .*\bif\b.*\blif\b",
+    ),
+    "model is a class": (lambda m, x: run(nj.NeuronModel, x), nj.InputTypeError, "model"),
+    "model is None": (lambda m, x: run(None, x), nj.InputTypeError, "model.*NoneType"),
+    "unknown surrogate": (
+        lambda m, x: run(m, x, surrogate="atn"), nj.SpecError, r"'atn'.*Known: ATan.*Sigmoid",
+    ),
+    "surrogate is a function": (
+        lambda m, x: run(m, x, surrogate=torch.sigmoid), nj.InputTypeError, "surrogate",
+    ),
+    "surrogate is None": (lambda m, x: run(m, x, surrogate=None), nj.InputTypeError, "surrogate"),
+    "unknown reset": (lambda m, x: run(m, x, reset="sotf"), nj.SpecError, "'sotf'.*hard.*soft"),
+    "reset is None": (lambda m, x: run(m, x, reset=None), nj.SpecError, "None.*hard.*soft"),
+    "unknown record": (lambda m, x: run(m, x, record=("v", "z")), nj.SpecError, r"'z'.*h.*v"),
+    "record is a number": (lambda m, x: run(m, x, record=3), nj.InputTypeError, "record.*int"),
+    "record of numbers": (lambda m, x: run(m, x, record=[3]), nj.SpecError, "3"),
+    "unknown backend": (
+        lambda m, x: run(m, x, backend="gpu"), nj.SpecError, "'gpu'.*auto.*cpu.*cuda.*eager",
+    ),
+    "another backend": (
+        lambda m, x: run(m, x, backend="cpu" if x.is_cuda else "cuda"), nj.BackendError,
+        "x_seq is on",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested|uantized|Sparse)")  # torch's own, when they are made
+@each_device
+@pytest.mark.parametrize("row", ROWS)
+def test_bad_inputs(row: str, device: str) -> None:
+    """Each row for three models and three dtypes, before and after a good call of the same kind."""
+    do, error, words = ROWS[row]
+    for name in MODELS:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            model, x = library_model(name), inputs((4, 8), dtype).to(device)
+            with pytest.raises(error, match=f"(?s){words}") as caught:
+                do(model, x)
+            assert isinstance(caught.value, nj.NeuronJitError)
+            assert len(str(caught.value)) < 500
+            want = nj.multistep(model, x).spikes  # still works
+            with pytest.raises(error):
+                do(model, x)
+            assert torch.equal(nj.multistep(model, x).spikes, want)
+
+
+def test_error_classes_are_also_the_builtin_ones() -> None:
+    assert issubclass(nj.SpecError, ValueError) and issubclass(nj.InputTypeError, TypeError)
+    assert issubclass(nj.EquationError, nj.SpecError)
+    for name in ("CompileError", "BackendError", "MissingKernelError"):
+        assert issubclass(getattr(nj, name), RuntimeError)
+
+
+@pytest.mark.parametrize("value", [0.0, -2.0, math.nan, math.inf, -0.0])
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("LIF", "tau"), ("LIF_NO_DECAY", "tau"), ("QIF", "tau"), ("QIF", "a0"), ("EIF", "delta_T"),
+     ("EIF", "tau"), ("IZHIKEVICH", "tau_w"), ("IZHIKEVICH", "a0")],
+)  # fmt: skip
+def test_parameters_that_must_be_positive(model: str, name: str, value: float) -> None:
+    with pytest.raises(nj.SpecError, match=rf"{name} must be finite.*got {value}"):
+        nj.multistep(library_model(model), inputs((4, 8)), **{name: value})
+
+
+@pytest.mark.parametrize("value", [0.5, 1, 1.0, 1e-3, 1e6])
+def test_any_positive_tau_is_allowed(value: float) -> None:
+    """Layers ask for tau > 1 (a convention); the functions only for what divides."""
+    out = nj.multistep(nj.neurons.LIF, inputs((4, 8)), tau=value)
+    assert torch.equal(
+        out.spikes, nj.multistep(nj.neurons.LIF, inputs((4, 8)), tau=value, backend="eager").spikes
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_surrogate_parameters_are_finite(value: float) -> None:
+    with pytest.raises(nj.SpecError, match=r"alpha.*finite"):
+        nj.surrogates.ATan(alpha=value)
+
+
+def test_surrogate_parameters_are_known_numbers() -> None:
+    with pytest.raises(nj.SpecError, match=r"'beta'.*Known: alpha"):
+        nj.surrogates.ATan(beta=1.0)
+    with pytest.raises(nj.InputTypeError, match="alpha"):
+        nj.surrogates.ATan(alpha="two")
+    with pytest.raises(nj.SpecError, match=r"\bn\b"):
+        nj.surrogates.SquarewaveFourierSeries(n=0)
+
+
+def test_reset_at_or_above_the_threshold_warns() -> None:
+    for v_reset in (1.0, 2.0):
+        with pytest.warns(UserWarning, match=r"v_reset.*v_threshold"):
+            nj.multistep(nj.neurons.IF, inputs((4, 9 + int(v_reset))), v_reset=v_reset)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nj.multistep(nj.neurons.IF, inputs((4, 8)), v_reset=2.0, reset="soft")
+        nj.multistep(nj.neurons.IF, inputs((4, 8)), v_reset=0.5)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("row", ["state", "parameter"])
+def test_tensors_on_two_devices(row: str) -> None:
+    x = inputs((4, 8)).cuda()
+    state = {"v": torch.zeros(8)} if row == "state" else None
+    params = {"tau": torch.tensor(2.0)} if row == "parameter" else {}
+    with pytest.raises(nj.SpecError, match=r"cuda:0.*cpu"):
+        nj.multistep(nj.neurons.LIF, x, state, **params)
+
+
+@each_device
+def test_unusual_but_right(device: str) -> None:
+    """Parameters, subclasses and views that are as good as tensors."""
+    x = inputs((4, 8)).to(device)
+    want = nj.multistep(nj.neurons.LIF, x).spikes
+    assert torch.equal(nj.multistep(nj.neurons.LIF, torch.nn.Parameter(x)).spikes, want)
+    assert torch.equal(nj.multistep("LIF", x).spikes, want)
+    integers = nj.multistep(nj.neurons.LIF, x, {"v": 0}, tau=2, v_threshold=1)
+    assert torch.equal(integers.spikes, want)
+    import numpy as np
+
+    assert torch.equal(nj.multistep(nj.neurons.LIF, x, tau=np.float64(2)).spikes, want)
+    assert torch.equal(nj.multistep(nj.neurons.LIF, x, record="v").spikes, want)
+    assert torch.equal(nj.multistep(nj.neurons.LIF, x, record=["v", "v"]).spikes, want)
+
+
+# --- compilers that are missing or fail ----------------------------------------------------------
+
+CALL = """
+    import sys, warnings
+    import torch, neuronjit as nj
+    x = torch.full((3, 4), 0.75)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            for _ in range(3):
+                out = nj.multistep(nj.neurons.IF, x, backend={backend!r})
+            print("spikes", out.spikes[:, 0].tolist())
+        except nj.NeuronJitError as error:
+            print(type(error).__name__, error)
+    for warning in caught:
+        print("warning", warning.message)
+"""
+
+
+def in_a_process(tmp_path: Path, backend: str | None, **environment: str | None) -> str:
+    """What a fresh process with an empty cache prints."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("NEURONJIT_", "CXX"))}
+    env["NEURONJIT_CACHE_DIR"] = str(tmp_path / "cache")
+    env["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(nj.__file__).parents[1]), env.get("PYTHONPATH", "")]
+    )
+    for key, value in environment.items():
+        env.pop(key, None)
+        if value is not None:
+            env[key] = value
+    code = textwrap.dedent(CALL).format(backend=backend)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def compiler(tmp_path: Path, script: str) -> str:
+    path = tmp_path / "a compiler"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return f"'{path}'"
+
+
+def test_no_compiler(tmp_path: Path) -> None:
+    """Forced: an error with what was looked for and how to get it. Else eager, with one warning."""
+    forced = in_a_process(tmp_path, "cpu", PATH=str(tmp_path))
+    assert forced.startswith("BackendError") and "g++" in forced and "CXX" in forced
+    assert "install" in forced.lower()
+    auto = in_a_process(tmp_path, None, PATH=str(tmp_path))
+    assert "spikes [0.0, 1.0, 0.0]" in auto
+    assert auto.count("warning") == 1 and "eager" in auto and "g++" in auto
+
+
+def test_cxx_names_no_compiler(tmp_path: Path) -> None:
+    """What CXX names is used or missed: no other compiler takes its place in silence."""
+    forced = in_a_process(tmp_path, "cpu", CXX="/nonexistent/g++")
+    assert forced.startswith("BackendError") and "/nonexistent/g++" in forced
+    auto = in_a_process(tmp_path, None, CXX="/nonexistent/g++")
+    assert "spikes [0.0, 1.0, 0.0]" in auto and auto.count("warning") == 1
+
+
+@pytest.mark.parametrize(
+    "cxx", ["g++; touch X", "g++ && touch X", "$(touch X)", "`touch X`", "g++ | tee X"]
+)
+def test_cxx_reaches_no_shell(tmp_path: Path, cxx: str) -> None:
+    printed = in_a_process(tmp_path, "cpu", CXX=cxx)
+    assert "Error" in printed
+    assert not (tmp_path / "X").exists()
+
+
+def test_cxx_with_flags_and_spaces(tmp_path: Path) -> None:
+    path = compiler(tmp_path, 'exec g++ "$@"')
+    assert "spikes [0.0, 1.0, 0.0]" in in_a_process(tmp_path, "cpu", CXX=f"{path} -DUNUSED=1")
+
+
+VERSION = 'case "$*" in *--version*) echo "fake g++ 13"; exit 0;; esac'
+
+
+def test_failing_compiler(tmp_path: Path) -> None:
+    """Its own words, the source's path, and nothing cached: it works once the cause is gone."""
+    cxx = compiler(tmp_path, f'{VERSION}\necho "fatal: the moon is in the wrong phase" >&2; exit 1')
+    for backend in ("cpu", None):
+        printed = in_a_process(tmp_path, backend, CXX=cxx)
+        assert printed.startswith("CompileError") and "the moon is in the wrong phase" in printed
+        paths = [Path(word.strip(";:,()'")) for word in printed.split() if word.startswith("/")]
+        sources = [path for path in paths if path.suffix == ".cpp" and path.exists()]
+        assert sources, f"no readable source is named in: {printed}"
+        assert "multistep" in sources[0].read_text() or "step_" in sources[0].read_text()
+        for source in sources:
+            source.unlink()
+    compiler(tmp_path, 'exec g++ "$@"')
+    assert "spikes [0.0, 1.0, 0.0]" in in_a_process(tmp_path, "cpu", CXX=cxx)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "exit 0",  # says it worked, and wrote nothing
+        'while [ "$1" != -o ]; do shift; done; : > "$2"',  # an empty file
+        'while [ "$1" != -o ]; do shift; done; echo no library > "$2"',
+        'kill -9 $$',
+        "head -c 10000000 /dev/zero | tr '\\0' 'x' >&2; exit 1",  # megabytes of complaint
+        'i=0; while [ $i -lt 5000 ]; do echo "error $i" >&2; i=$((i+1)); done; exit 1',
+    ],
+    ids=["nothing", "empty", "garbage", "killed", "one long line", "many lines"],
+)  # fmt: skip
+def test_compiler_that_lies_or_dies(tmp_path: Path, script: str) -> None:
+    printed = in_a_process(tmp_path, "cpu", CXX=compiler(tmp_path, f"{VERSION}\n{script}"))
+    assert printed.startswith("CompileError")
+    assert len(printed) < 20_000 and printed.count("\n") < 60
+    cached = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    assert not cached or not any(len(p.stem) == 64 for p in cached), "a failed build was kept"
