@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from cachekit import BARE
 
 import neuronjit as nj
 from neuronjit import cli, engine, manifest, prebuild
-from neuronjit.source import spec_of
+from neuronjit.source import KernelSpec, spec_of
 
 ADEX = nj.NeuronModel(
     "adex",
@@ -59,6 +60,14 @@ def test_specs_pass_through_json(spec):
     assert again.model.positive == spec.model.positive
     built_in = spec.model not in (ADEX, LIKE_LIF)
     assert isinstance(data["model"], str) == built_in
+
+
+def test_every_field_is_checked():
+    """A new field of KernelSpec would pass unchecked: look after it in manifest.from_json."""
+    assert {field.name for field in fields(KernelSpec)} == {
+        "model", "target", "direction", "dtype", "reset", "surrogate", "spiking", "detach_reset",
+        "per_neuron", "learned", "sequences", "steps", "lanes", "loads", "prefetch",
+    }  # fmt: skip
 
 
 def fresh_model(name):
@@ -111,7 +120,7 @@ def test_a_file_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch):
 
 WRITER = f"""{BARE}
 from neuronjit import manifest
-from neuronjit.source import spec_of
+from neuronjit.source import KernelSpec, spec_of
 for steps in range(1, 33):
     spec = spec_of("lif", "cpu", "forward", "atan", "hard", False, "float32", steps=steps)
     manifest.record(spec, "x86-64-v" + sys.argv[1])

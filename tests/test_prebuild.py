@@ -1,5 +1,7 @@
 """Kernels built ahead of time: those that calls look up, for any GPU, in containers, for ranks."""
 
+import importlib
+import itertools
 import json
 import os
 import shutil
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 import neuronjit as nj
-from neuronjit import cli, engine, housekeeping, plan, prebuild
+from neuronjit import cli, engine, housekeeping, prebuild
 from neuronjit.targets import cpu, cuda
 
 ROOT = Path(nj.__file__).parent.parent
@@ -158,33 +160,37 @@ SIZES = [
 @pytest.mark.parametrize("name", ["lif", "plif", "izhikevich"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 def test_choices_cover_what_calls_look_up(monkeypatch, target, name, dtype):
-    """Plans for tensors without memory, of many sizes, aligned and not: what they ask for."""
+    """Training on tensors without memory, of many sizes, aligned and not: what it asks for."""
     asked = set()
-    monkeypatch.setattr(
-        engine, "load_kernel", lambda spec, device: (asked.add(spec), Launched())[1]
-    )
-    model, surrogate = nj.neurons.by_name(name), nj.surrogates.by_name("erf")
-    learned = {p: torch.empty(1, device="meta") for p in model.params if p == "reciprocal_tau"}
-    numbers = {**model.state, **{p: v for p, v in model.params.items() if p not in learned}}
-    for record in ((), ("v", "h")):
-        for steps, n in SIZES:
-            x = torch.empty(steps, n, dtype=getattr(torch, dtype), device="meta")
-            for pointer in (256, 260):
-                monkeypatch.setattr(torch.Tensor, "data_ptr", lambda _, pointer=pointer: pointer)
-                call = plan.Plan(
-                    model, surrogate, "hard", False, record, target, x, learned, numbers
-                )
-                outputs, checkpoints = call.forward(x, list(learned.values()), save=True)
-                spikes, *rest = outputs
-                wanted = [True] * (1 + len(learned))
-                plain = [spikes, *[None] * len(rest)]
-                full = [spikes, *[None] * len(model.state), *rest[len(model.state) :]]
-                with_last = [spikes, *rest[: len(model.state)], *[None] * len(record)]
-                for grads in (plain, full, with_last):
-                    call.backward(x, checkpoints, list(learned.values()), grads, wanted)
+
+    def look_up(spec, device=0):
+        asked.add(spec)
+        return Launched()
+
+    monkeypatch.setattr(engine, "load_kernel", look_up)
+    front = importlib.import_module("neuronjit.multistep")
+    monkeypatch.setattr(front, "_target", lambda *_: target)
+    monkeypatch.setattr(front, "_plans", {})
+    model, erf = nj.neurons.by_name(name), nj.surrogates.by_name("erf")
+    params = {}
+    if name == "plif":
+        params["reciprocal_tau"] = torch.empty(1, device="meta", requires_grad=True)
+    for (steps, n), pointer in itertools.product(SIZES, (256, 260)):
+        monkeypatch.setattr(torch.Tensor, "data_ptr", lambda _, pointer=pointer: pointer)
+        for record in ((), ("v", "h")):
+            x = torch.empty(
+                steps, n, dtype=getattr(torch, dtype), device="meta", requires_grad=True
+            )
+            out = nj.multistep(model, x, surrogate=erf, record=record, **params)
+            losses = [out.spikes.sum(), out.spikes.sum() + out.state["v"].sum()]
+            if record:
+                losses.append(out.spikes.sum() + out.record["v"].sum() + out.record["h"].sum())
+            for loss in losses:
+                loss.backward(retain_graph=True)
     monkeypatch.undo()
     options = dict(surrogates=["erf"], dtypes=[dtype])
     chosen = prebuild.choices([name], target, record=("v", "h"), **options)
+    assert asked
     assert asked <= set(chosen)
     assert len(chosen) == len(set(chosen))
     plain = {spec for spec in asked if "v" not in spec.sequences}
