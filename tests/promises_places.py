@@ -143,7 +143,7 @@ def p11_nodes(directory, nodes=4, processes=4, keys=2, hidden=1.0):
             cachekit.forget()
             return quick and right(own, 0) and right(cache.load(key(0)), 0)
 
-    lagging, rebuilt = Child(lag).result(), 0
+    lagging, rebuilt = Child(lag).result(hidden + 60), 0
     for skew in (-86400, 86400):
         for number in range(keys):
             os.utime(place / key(number), (time.time() + skew, time.time() + skew))
@@ -345,7 +345,7 @@ def p13_layout(base, name):
 
 
 def p13_swaps(directory, tries):
-    """A name that is now a sound kernel, now a link to planted code, and changes all the time."""
+    """A name that is now a sound kernel, now a link to planted code, all the time."""
     place, his = Path(directory, "cache"), Path(directory, "his")
     place.mkdir(mode=0o700)
     his.mkdir()
@@ -359,10 +359,8 @@ def p13_swaps(directory, tries):
         for number in itertools.count():
             if done.is_set():
                 return
-            if number % 2:
-                os.symlink(planted, place / "next")
-            else:
-                os.link(sound, place / "next")
+            make, source = ((os.link, sound), (os.symlink, planted), (os.link, planted))[number % 3]
+            make(source, place / "next")
             os.replace(place / "next", place / key(1))
 
     swapper = threading.Thread(target=swap)

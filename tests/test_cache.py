@@ -462,6 +462,18 @@ def test_a_group_may_share_a_directory_if_told_so(tmp_path_factory):
 
 
 @needs_root
+def test_what_was_opened_is_judged_and_not_its_name_alone(place, tmp_path):
+    get(1)
+    sound = (place / key(1)).stat()
+    (place / key(1)).unlink()
+    os.chown(put(1, tmp_path), MALLORY, MALLORY)
+    os.link(tmp_path / key(1), place / key(1))  # swapped in after its name was looked at
+    with patched(cachedir.Folder, stat=lambda self, name: sound), heard() as texts:
+        assert cache.load(key(1)) is None
+    assert f"owner {MALLORY}" in texts[0]
+
+
+@needs_root
 def test_variables_of_another_user_are_not_obeyed(place):
     def work():
         os.setresuid(ALICE, 0, 0)
@@ -501,6 +513,51 @@ def test_a_home_is_written_as_a_tilde(place, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     use("~/kernels", "~/site")
     assert cachedir.search_path() == [f"{tmp_path}/kernels", f"{tmp_path}/site"]
+
+
+def test_the_lock_excludes(place, tmp_path):
+    inside = tmp_path / "inside"
+
+    def work(index):
+        for _ in range(25):
+            with cachelock.key_lock(str(place), key(1)):
+                with open(inside, "x"):
+                    time.sleep(0.0005)
+                inside.unlink()
+        return True
+
+    assert cachekit.crowd(8, work) == [True] * 8
+
+
+def test_a_lock_that_its_holder_removed_meanwhile_is_no_lock(place):
+    """The holder unlinks and unlocks between our opening and our locking."""
+    name = cachelock.hashlib.sha256(f"{place}\n{key(1)}".encode()).hexdigest()
+    path, lockf = Path(cachelock.lock_folders()[0], name), cachelock.fcntl.lockf
+    removed = []
+
+    def late(fd, flags):
+        if not removed:
+            removed.append(path)
+            path.unlink()
+        lockf(fd, flags)
+
+    with patched(cachelock.fcntl, lockf=late), cachelock.key_lock(str(place), key(1)):
+        assert removed and path.exists()
+
+
+def test_what_another_thread_held_during_a_fork_is_free_in_the_child(place):
+    get(1)
+    with cache._counting, cachelock.key_lock(str(place), key(2), processes=False):
+        assert Child(lambda: [right(get(number), number) for number in (1, 2)]).result(10)
+
+
+def test_a_sticky_directory_is_a_safe_parent_but_no_cache(place):
+    place.mkdir(mode=0o700)
+    place.chmod(0o1777)
+    with pytest.raises(cachedir.Untrusted, match="1777"), cachedir.opened(str(place)):
+        pass
+    with cachedir.opened(str(place / "below"), create=0o700) as folder:
+        assert folder.writable()
 
 
 def test_a_lock_leaves_no_file_and_no_descriptor(place):
