@@ -66,7 +66,8 @@ class Plan:
         self._backward_tail = (*counts, self.n, *shared, *surrogate.values, self.steps)
         self._prepared = not any(
             t.dtype != self.real
-            or (name in model.state and (t.is_neg() or t.stride() != self.strides))
+            or t.is_neg()
+            or (name in model.state and t.stride() != self.strides)
             for name, t in given.items()
         )
         self._launches: dict[tuple[Any, ...], _Launch] = {}
@@ -79,7 +80,7 @@ class Plan:
             tensors = [
                 layout.in_layout(t.to(self.real).expand(self.shape), self.shape, self.strides)
                 if name in self.model.state
-                else t.to(self.real)
+                else t.to(self.real).resolve_neg()
                 for name, t in zip(self.given, tensors, strict=True)
             ]
         return x, tensors

@@ -40,7 +40,7 @@ def _print(node: Node) -> tuple[str, int]:
         (c, _), (a, pa), (b, pb) = printed
         return f"({c} ? {_wrap(a, pa, 1)} : {_wrap(b, pb, 1)})", 9
     if node.op not in _PRECEDENCE:
-        return f"m_{node.op}({', '.join(text for text, _ in printed)})", 9
+        return f"{node.op}_({', '.join(text for text, _ in printed)})", 9
     own = _PRECEDENCE[node.op]
     if node.op == "neg":
         return f"-{_wrap(*printed[0], 9)}", own
@@ -55,8 +55,8 @@ def _wrap(text: str, precedence: int, least: int) -> str:
 def _print_power(node: Node) -> tuple[str, int]:
     base, exponent = (_print(arg)[0] for arg in node.args)
     if small_power(node):
-        return f"m_pow{int(float(node.args[1].value))}({base})", 9
-    return f"m_pow({base}, {exponent})", 9
+        return f"pow{int(float(node.args[1].value))}_({base})", 9
+    return f"pow_({base}, {exponent})", 9
 
 
 def cpp_number(value: float) -> str:

@@ -339,8 +339,13 @@ def _adjoint(spec: KernelSpec) -> list[str]:
             terms.setdefault(str(h.value), []).append(name("fired_"))
             terms.setdefault(str(theta.value), []).append(negate(name("fired_")))
             continue
+        carried = str(total.value) if total.op == "name" else ""
         for read in sorted(statement.expression.names()):
-            part = multiply(total, derivative(statement.expression, read))
+            slope = derivative(statement.expression, read)
+            part = multiply(total, slope)
+            if carried.startswith("after_") and slope.names() - {"s", *spec.model.params}:
+                # where no gradient arrives after the last step, 0 * inf must not make one
+                part = Node("where", (name(carried.replace("after", "some", 1)), part, number(0)))
             if part != number(0):
                 terms.setdefault(read, []).append(part)
     for z in spec.model.state:
