@@ -111,13 +111,13 @@ def multistep(
     return Output(
         outputs[0],
         dict(zip(plan.final, outputs[1:last], strict=True)),
-        dict(zip(plan.record, outputs[last:], strict=True)),
+        dict(zip(plan.record, outputs[last:], strict=True)) if plan.record else {},
     )
 
 
 def _run(plan: Plan, x: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     x, tensors = plan.prepare(x, tensors)
-    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors)):
+    if torch.is_grad_enabled() and (x.requires_grad or any([t.requires_grad for t in tensors])):
         return _Multistep.apply(plan, x, *tensors)  # type: ignore[no-any-return, no-untyped-call]
     return plan.forward(x, tensors, save=False)[0]
 
@@ -172,12 +172,17 @@ def _signature(tensor: Tensor) -> tuple[Any, ...]:
 
 def _split(values: Mapping[str, Any], tensors: list[Tensor]) -> tuple[Any, ...]:
     """The values by name with signatures in place of tensors, which are collected in `tensors`."""
+    for value in values.values():
+        if isinstance(value, Tensor):
+            break
+    else:
+        return tuple(values.items())
     found: list[Any] = []
     for name, value in values.items():
         if isinstance(value, Tensor):
             tensors.append(value)
             value = _signature(value)
-        found += (name, value)
+        found.append((name, value))
     return tuple(found)
 
 

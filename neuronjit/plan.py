@@ -1,9 +1,11 @@
-"""A plan: all of a call but its tensors, checked once and kept, so that a warm call only allocates and launches."""
+"""A plan: all of a call but its tensors, checked once, so that a warm call allocates and launches."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
@@ -17,15 +19,16 @@ from .surrogates import Surrogate
 
 
 class _Launch(NamedTuple):
-    kernel: Any
+    run: Any  # the kernel's launch(packed, n, steps)
+    blocks: Any  # the kernel's blocks(n)
     pack: Any  # struct.Struct(...).pack, in the order of source.arguments
-    steps: int  # between checkpoints
+    spacing: int  # steps between checkpoints
 
 
 class Plan:
     """How to run one model on sequences of one shape, dtype, layout and device.
 
-    `given` names the states and parameters that are tensors, in the order in which their tensors come;
+    `given` has the states and parameters that are tensors, in the order in which tensors come later;
     `numbers` has all others.
     """
 
@@ -58,7 +61,6 @@ class Plan:
         }
         self.per_neuron = tuple(p for p in self.params if p in self.repeats)
         self.position = {name: i for i, name in enumerate((*self.states, *self.params))}
-        self.learnable = tuple(name for name in self.params if name in given)
         shared = [numbers.get(n, 0.0) for n in self.position if n not in self.repeats]
         counts = [c for p in self.per_neuron for c in self.repeats[p][:2]]
         smooth = [] if surrogate.spiking else surrogate.values
@@ -70,7 +72,9 @@ class Plan:
             or (name in model.state and t.stride() != self.strides)
             for name, t in given.items()
         )
-        self._launches: dict[tuple[Any, ...], _Launch] = {}
+        self._no_states = [0] * len(self.states)
+        self._launches: dict[Any, _Launch] = {}
+        self._arrivals: dict[Any, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {}
 
     def prepare(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         """x and the tensors in the dtype and layout that the kernels read (differentiably)."""
@@ -88,25 +92,21 @@ class Plan:
     def forward(
         self, x: Tensor, tensors: Sequence[Tensor], save: bool
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Spikes, last states and recorded sequences; and the checkpoints that backward needs, if any."""
+        """Spikes, last states and recorded sequences; and backward's checkpoints, if it needs any."""
         spikes = torch.empty_like(x)
         lasts = [self._empty_state() for _ in self.final]
         records = [torch.empty_like(x) for _ in self.record]
         inputs, alive = self._inputs(tensors)
-        pointers = [x.data_ptr(), spikes.data_ptr()]
-        pointers += [t.data_ptr() for t in records]
-        pointers += [t.data_ptr() for t in lasts] if lasts else [0] * len(self.states)
-        aligned = not any(p & 15 for p in pointers) and not any(p & 15 for p in inputs)
-        launch = self._launches.get(key := (aligned,)) or self._load(
-            key, "forward", self.record, ()
-        )
+        pointers = [x.data_ptr(), spikes.data_ptr(), *[t.data_ptr() for t in records]]
+        pointers += [t.data_ptr() for t in lasts] if lasts else self._no_states
+        aligned = not reduce(or_, (*pointers, *inputs)) & 15
+        launch = self._launches.get(aligned) or self._load(aligned, "forward", self.record, ())
         checkpoints = None
-        if save and self.steps > launch.steps:
-            count = (self.steps - 1) // launch.steps
-            size = (count, len(self.states), self.n)
+        if save and self.steps > launch.spacing:
+            size = ((self.steps - 1) // launch.spacing, len(self.states), self.n)
             checkpoints = torch.empty(size, dtype=self.real, device=self.device)
         packed = launch.pack(*pointers, _pointer(checkpoints), 0, *inputs, *self._forward_tail)
-        launch.kernel.launch(packed, self.n, self.steps)
+        launch.run(packed, self.n, self.steps)
         del alive
         return [spikes, *lasts, *records], checkpoints
 
@@ -116,55 +116,69 @@ class Plan:
         checkpoints: Tensor | None,
         tensors: Sequence[Tensor],
         grads: Sequence[Tensor | None],
-        wanted: Sequence[bool],
+        wanted: tuple[bool, ...],
     ) -> list[Tensor | None]:
-        """Gradients of x and of each tensor, as far as `wanted`; `grads` arrive as forward's outputs left."""
-        last = 1 + len(self.final)
-        arrived = zip(("s", *self.record), (grads[0], *grads[last:]), strict=True)
-        sequences = {
-            n: layout.in_layout(g, x.shape, x.stride()) for n, g in arrived if g is not None
-        }
-        want = {name for name, w in zip(self.given, wanted[1:], strict=True) if w}
-        learned = tuple(p for p in self.learnable if p in want)
-        x_grad = torch.empty_like(x) if wanted[0] else None
-        own = {n: self._empty_state() for n in self.given if n in want and n not in self.params}
-        own |= {p: self._empty_state() for p in learned if p in self.repeats}
+        """Gradients of x and of each tensor, as far as `wanted`; `grads` are those of the outputs."""
+        sequences, learned, summed = self._arriving(tuple([g is not None for g in grads]), wanted)
+        strides, last = x.stride(), 1 + len(self.final)
+        arrived = [
+            g if g.stride() == strides and not g.is_neg() else layout.in_layout(g, x.shape, strides)
+            for g in (grads[0], *grads[last:])
+            if g is not None
+        ]
         ends = [
             None if g is None else layout.in_layout(g, self.shape, self.strides)
             for g in grads[1:last]
-        ] or [None] * len(self.states)
+        ]
+        x_grad = torch.empty_like(x) if wanted[0] else None
+        own = {
+            name: self._empty_state()
+            for name, want in zip(self.given, wanted[1:], strict=True)
+            if want and name not in summed
+        }
         inputs, alive = self._inputs(tensors)
-        pointers = [x.data_ptr(), _pointer(x_grad)]
-        pointers += [g.data_ptr() for g in sequences.values()] + [_pointer(g) for g in ends]
-        pointers += [_pointer(own.get(z)) for z in self.states] + [_pointer(checkpoints)]
+        pointers = [x.data_ptr(), _pointer(x_grad), *[g.data_ptr() for g in arrived]]
+        pointers += [_pointer(g) for g in ends] if ends else self._no_states
+        pointers += [_pointer(own.get(z)) for z in self.states] if own else self._no_states
+        pointers.append(_pointer(checkpoints))
         pointers += [own[p].data_ptr() for p in learned if p in own]
-        aligned = not any(p & 15 for p in pointers) and not any(p & 15 for p in inputs)
-        key = (aligned, tuple(sequences), learned)
-        launch = self._launches.get(key) or self._load(key, "backward", key[1], learned)
-        summed = [p for p in learned if p not in own]
+        aligned = not reduce(or_, (*pointers, *inputs)) & 15
+        key = (aligned, sequences, learned)
+        launch = self._launches.get(key) or self._load(key, "backward", sequences, learned)
         partials = None
         if summed:
-            size = (len(summed), launch.kernel.blocks(self.n))
+            size = (len(summed), launch.blocks(self.n))
             partials = torch.empty(size, dtype=self.real, device=self.device)
         packed = launch.pack(*pointers, _pointer(partials), *inputs, *self._backward_tail)
-        launch.kernel.launch(packed, self.n, self.steps)
+        launch.run(packed, self.n, self.steps)
         del alive
-        totals: dict[str, Tensor] = {}
-        if partials is not None:
-            totals = dict(zip(summed, partials.sum(1), strict=True))
         results: list[Tensor | None] = [x_grad]
+        totals = {} if partials is None else dict(zip(summed, partials.sum(1), strict=True))
         for name, tensor in zip(self.given, tensors, strict=True):
             if name in totals:
                 results.append(totals[name].reshape(tensor.shape))
-            elif name in own:
-                results.append(own[name].sum_to_size(tensor.shape))
             else:
-                results.append(None)
+                results.append(own[name].sum_to_size(tensor.shape) if name in own else None)
         return results
 
+    def _arriving(
+        self, arrived: tuple[bool, ...], wanted: tuple[bool, ...]
+    ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        """Sequences whose gradients arrive; learned parameters; those that all neurons share."""
+        key = (arrived, wanted)
+        if key not in self._arrivals:
+            last = 1 + len(self.final)
+            present = zip(("s", *self.record), (arrived[0], *arrived[last:]), strict=True)
+            want = {name for name, w in zip(self.given, wanted[1:], strict=True) if w}
+            learned = tuple(p for p in self.params if p in want)
+            summed = tuple(p for p in learned if p not in self.repeats)
+            self._arrivals[key] = tuple(n for n, here in present if here), learned, summed
+        return self._arrivals[key]
+
     def _inputs(self, tensors: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
-        """Pointers to every state and parameter, 0 where it is a number; and what must stay alive."""
-        pointers, alive = [0] * len(self.position), []
+        """Pointers to all states and parameters, 0 for numbers; and what must stay alive."""
+        pointers: list[int] = [0] * len(self.position)
+        alive: list[Tensor] = []
         for name, tensor in zip(self.given, tensors, strict=True):
             if name in self.repeats:
                 tensor = self.repeats[name].elements(tensor.detach(), self.shape, self.strides)
@@ -176,21 +190,12 @@ class Plan:
         return layout.empty(self.shape, self.strides, self.real, self.device)
 
     def _load(
-        self,
-        key: tuple[Any, ...],
-        direction: str,
-        sequences: tuple[str, ...],
-        learned: tuple[str, ...],
+        self, key: Any, direction: str, sequences: tuple[str, ...], learned: tuple[str, ...]
     ) -> _Launch:
-        target = targets.by_name(self.target)
-        shape = target.shape(
-            direction,
-            self.dtype.itemsize,
-            len(self.states),
-            len(sequences),
-            self.n,
-            self.steps,
-            key[0],
+        aligned = key if direction == "forward" else key[0]
+        size, states = self.dtype.itemsize, len(self.states)
+        shape = targets.by_name(self.target).shape(
+            direction, size, states, len(sequences), self.n, self.steps, aligned
         )
         backward = direction == "backward"
         spec = KernelSpec(
@@ -209,9 +214,10 @@ class Plan:
         )
         codes = "".join(field.code for field in arguments(spec))
         kernel = engine.load_kernel(spec, self.device.index or 0)
-        launch = _Launch(kernel, struct.Struct(f"@{codes}0q").pack, spec.steps)
-        self._launches[key] = launch
-        return launch
+        pack = struct.Struct(f"@{codes}0q").pack
+        return self._launches.setdefault(
+            key, _Launch(kernel.launch, kernel.blocks, pack, spec.steps)
+        )
 
 
 def _pointer(tensor: Tensor | None) -> int:

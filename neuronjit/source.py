@@ -334,8 +334,8 @@ def _adjoint(spec: KernelSpec) -> list[str]:
         if statement.expression.op == "fire":
             h, theta = statement.expression.args
             extra = "".join(f", sg_{p}_" for p in surrogate_arguments(spec))
-            slope = f"{to_cpp(total)} * slope_({to_cpp(Node('-', (h, theta)))}{extra})"
-            lines.append(("const real fired_ = ", slope, total.names() | h.names() | theta.names()))
+            fired = f"{to_cpp(total)} * slope_({to_cpp(Node('-', (h, theta)))}{extra})"
+            lines.append(("const real fired_ = ", fired, total.names() | h.names() | theta.names()))
             terms.setdefault(str(h.value), []).append(name("fired_"))
             terms.setdefault(str(theta.value), []).append(negate(name("fired_")))
             continue
