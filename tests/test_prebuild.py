@@ -257,3 +257,15 @@ def test_a_newer_machine_takes_kernels_of_an_older_one(tmp_path, monkeypatch):
     monkeypatch.setenv("NEURONJIT_NO_COMPILE", "1")
     with pytest.raises(nj.MissingKernelError, match="prebuild --neuron if"):
         engine.build(spec, cpu.arch())
+
+
+def test_a_kernel_whose_library_is_missing_says_so(tmp_path):
+    """Carried to a slim image, say, that has no libgomp."""
+    (tmp_path / "f.cpp").write_text('extern "C" void f(const char*, int) {}\n')
+    make = [*cpu.compiler(), "-shared", "-fPIC", "f.cpp", "-o"]
+    subprocess.run([*make, "libgone.so"], cwd=tmp_path, check=True)
+    linked = ["f.so", "-Wl,--no-as-needed", "-L.", "-lgone"]
+    subprocess.run([*make, *linked], cwd=tmp_path, check=True)
+    (tmp_path / "libgone.so").unlink()
+    with pytest.raises(nj.BackendError, match=r"libgone\.so"):
+        cpu.load((tmp_path / "f.so").read_bytes(), "f", 64)

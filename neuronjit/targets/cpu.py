@@ -215,9 +215,18 @@ _loads = itertools.count()
 
 
 def load(binary: bytes, symbol: str, lanes: int, device: int = 0) -> Kernel:
-    """Load a shared object from the very bytes that were verified, through a sealed memory file."""
+    """Load a shared object from the very bytes that were verified, through a sealed memory file.
+
+    Raises BackendError where a library that it needs is missing.
+    """
     _watch_forks()
-    library = _dlopen(binary)
+    try:
+        library = _dlopen(binary)
+    except OSError as error:  # built where there was OpenMP, and carried to where there is none
+        raise BackendError(
+            f"kernel {symbol} cannot be loaded: {error}. Install the library that it lacks (Debian:"
+            " apt install libgomp1), compile kernels here, or use backend='eager'"
+        ) from None
     function = getattr(library, symbol)
     function.argtypes = [ctypes.c_char_p, ctypes.c_int]
     function.restype = None
