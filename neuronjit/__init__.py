@@ -1,4 +1,4 @@
-"""neuronjit: spiking-neuron kernels, rendered, compiled and cached on demand, behind PyTorch autograd."""
+"""Spiking-neuron kernels, rendered, compiled and cached on demand, behind PyTorch autograd."""
 
 from __future__ import annotations
 

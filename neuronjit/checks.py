@@ -100,7 +100,7 @@ def check_reset(reset: str, numbers: Mapping[str, float]) -> None:
 
 
 def check_tensor(model: NeuronModel, name: str, value: Tensor, x: Tensor) -> None:
-    """Whether a tensor can be an initial state or a parameter for x. Raises the error that says why not."""
+    """Whether a tensor can be an initial state or a parameter for x. Raises what says why not."""
     is_state = name in model.state
     label = f"{name}_init" if is_state else name
     if value.layout != torch.strided:

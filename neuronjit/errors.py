@@ -1,4 +1,4 @@
-"""Every error that neuronjit raises on purpose: one base class, and the built-in kind it also is."""
+"""Every error raised on purpose: one base class, and the built-in kind that it also is."""
 
 from __future__ import annotations
 

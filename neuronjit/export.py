@@ -1,4 +1,4 @@
-"""Sources to read: the kernels of a model, or all of SpikingJelly's CuPy kernels as one CUDA file."""
+"""Sources to read: a model's kernels, or all of SpikingJelly's CuPy kernels as one CUDA file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from .errors import SpecError, known
 from .neurons import NeuronModel
 from .source import KernelSpec, render_specs, spec_of
 from .surrogates import ATan
-from .surrogates import by_name as surrogate_by_name
 
 
 def render(
@@ -46,23 +45,19 @@ def render(
     """
     specs = []
     for each in ("forward", "backward") if direction is None else (direction,):
-        spec = spec_of(model, target, each, surrogate, reset, detach_reset, dtype, **options)
+        choices = model, target, each, surrogate, reset, detach_reset, dtype
+        spec = spec_of(*choices, **options)
         itemsize = {"float64": 8, "float32": 4}.get(spec.dtype, 2)
-        shape = targets.by_name(target).shape(
-            each, itemsize, len(spec.model.state), len(spec.sequences), neurons, steps, True
-        )
-        specs.append(
-            spec_of(
-                model, target, each, surrogate, reset, detach_reset, dtype,
-                **{**shape._asdict(), **options},
-            )
-        )  # fmt: skip
+        counts = len(spec.model.state), len(spec.sequences)
+        shape = targets.by_name(target).shape(each, itemsize, *counts, neurons, steps, True)
+        specs.append(spec_of(*choices, **{**shape._asdict(), **options}))
     return render_specs(specs)
 
 
 SEED_NEURONS = ("if", "lif", "plif", "qif", "izhikevich", "eif")
 SEED_SURROGATES = (
-    "Sigmoid", "ATan", "PiecewiseLeakyReLU", "S2NN", "QPseudoSpike", "LeakyKReLU", "FakeNumericalGradient", "LogTailedReLU",
+    "Sigmoid", "ATan", "PiecewiseLeakyReLU", "S2NN", "QPseudoSpike", "LeakyKReLU",
+    "FakeNumericalGradient", "LogTailedReLU",
 )  # fmt: skip
 
 
@@ -77,11 +72,12 @@ def save_cuda_codes(
     dtypes: Iterable[str] = ("float32", "float16"),
     directions: Iterable[str] = ("forward", "backward"),
 ) -> list[str]:
-    """Write the CUDA source of kernels, exactly as neuronjit compiles it (NVRTC takes the whole file).
+    """Write the CUDA source of kernels, exactly as neuronjit compiles it (NVRTC takes the file).
 
     Args:
-        path: a `.cu` file gets all kernels behind one shared header and a list of contents; a directory (that
-            exists, or a path without suffix) gets one file a kernel and `manifest.json`.
+        path: a `.cu` file gets all kernels behind one shared header and a list of contents; a
+            directory (that exists, or a path without suffix) gets one file a kernel and
+            `manifest.json`.
         neurons, surrogates: names, `NeuronModel`s, `Surrogate`s.
         resets, detach_resets, decay_inputs, dtypes, directions: what to write of each.
 
@@ -97,12 +93,9 @@ def save_cuda_codes(
         path.mkdir(parents=True, exist_ok=True)
         for spec in specs:
             Path(path, f"{spec.symbol}.cu").write_text(render_specs([spec]), encoding="ascii")
-        listing = [
-            {"symbol": s.symbol, "file": f"{s.symbol}.cu", "request": s.request} for s in specs
-        ]
-        Path(path, "manifest.json").write_text(
-            json.dumps({"kernels": listing}, indent=1) + "\n", encoding="ascii"
-        )
+        kernels = [dict(symbol=s.symbol, file=f"{s.symbol}.cu", request=s.request) for s in specs]
+        text = json.dumps({"kernels": kernels}, indent=1) + "\n"
+        Path(path, "manifest.json").write_text(text, encoding="ascii")
     else:
         contents = "".join(f"//   {spec.symbol}\n" for spec in specs)
         text = f"// neuronjit: {len(specs)} kernels\n{contents}\n{render_specs(specs)}"
@@ -120,11 +113,7 @@ def _export(
     directions: Iterable[str],
 ) -> Sequence[KernelSpec]:
     decays = tuple(decay_inputs)
-    if not isinstance(models, str):
-        models = list(models)
-    specs: dict[
-        KernelSpec, None
-    ] = {}  # a dictionary, because choices that a kernel ignores give it again
+    specs: dict[KernelSpec, None] = {}  # choices that a kernel ignores give it again
     for given in [models] if isinstance(models, str) else models:
         model = neurons.as_model(given)
         variants = [model] if True in decays or model not in _NO_DECAY else []
@@ -132,28 +121,11 @@ def _export(
         for variant, direction, dtype, reset in itertools.product(
             variants, directions, dtypes, resets
         ):
-            learned = (
-                ("reciprocal_tau",)
-                if "reciprocal_tau" in variant.params and direction == "backward"
-                else ()
-            )
+            plif = "reciprocal_tau" in variant.params and direction == "backward"
+            learned = ("reciprocal_tau",) if plif else ()
             for surrogate, detach in itertools.product(surrogates, detach_resets):
-                surrogate = (
-                    surrogate_by_name(surrogate) if isinstance(surrogate, str) else surrogate
-                )
-                spec = spec_of(
-                    variant,
-                    "cuda",
-                    direction,
-                    surrogate,
-                    reset,
-                    detach,
-                    dtype,
-                    learned=learned,
-                    steps=4,
-                    loads=4,
-                )
-                specs[spec] = None
+                choices = variant, "cuda", direction, surrogate, reset, detach, dtype
+                specs[spec_of(*choices, learned=learned, steps=4, loads=4)] = None
     if not specs:
         raise SpecError(f"these choices leave no kernel to write. {known(SEED_NEURONS)}")
     return list(specs)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ast
 import math
+import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from .errors import EquationError, known
@@ -27,111 +29,33 @@ CONSTANTS = {"pi": math.pi}
 # functions whose last bit may differ between the targets and eager PyTorch
 TRANSCENDENTAL = {"exp", "log", "tanh", "sigmoid", "sin", "cos", "atan", "erf", "**"}
 
+# what a constant may be made of: checked before a compiler sees it
+_ARITHMETIC: dict[str, Callable[..., float]] = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
+    "**": operator.pow, "neg": operator.neg,
+}  # fmt: skip
 _BINARY = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**"}
 _COMPARE = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!="}
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}", re.ASCII)
-_CPP_WORDS = frozenset(
-    [
-        "alignas",
-        "alignof",
-        "and",
-        "and_eq",
-        "asm",
-        "auto",
-        "bitand",
-        "bitor",
-        "bool",
-        "break",
-        "case",
-        "catch",
-        "char",
-        "char8_t",
-        "char16_t",
-        "char32_t",
-        "class",
-        "co_await",
-        "co_return",
-        "co_yield",
-        "compl",
-        "concept",
-        "const",
-        "const_cast",
-        "consteval",
-        "constexpr",
-        "constinit",
-        "continue",
-        "decltype",
-        "default",
-        "delete",
-        "do",
-        "double",
-        "dynamic_cast",
-        "else",
-        "enum",
-        "explicit",
-        "export",
-        "extern",
-        "false",
-        "float",
-        "for",
-        "friend",
-        "goto",
-        "if",
-        "inline",
-        "int",
-        "long",
-        "mutable",
-        "namespace",
-        "new",
-        "noexcept",
-        "not",
-        "not_eq",
-        "nullptr",
-        "operator",
-        "or",
-        "or_eq",
-        "private",
-        "protected",
-        "public",
-        "real",
-        "register",
-        "reinterpret_cast",
-        "requires",
-        "return",
-        "short",
-        "signed",
-        "sizeof",
-        "static",
-        "static_assert",
-        "static_cast",
-        "struct",
-        "switch",
-        "template",
-        "this",
-        "thread_local",
-        "throw",
-        "true",
-        "try",
-        "typedef",
-        "typeid",
-        "typename",
-        "union",
-        "unsigned",
-        "using",
-        "virtual",
-        "void",
-        "volatile",
-        "wchar_t",
-        "while",
-        "xor",
-        "xor_eq",
-    ]
-)
+_NOT_TEXT = re.compile(r"[^\n\t\x20-\x7f]")
+_CPP_WORDS = {
+    "alignas", "alignof", "and", "and_eq", "asm", "auto", "bitand", "bitor", "bool", "break",
+    "case", "catch", "char", "char8_t", "char16_t", "char32_t", "class", "co_await", "co_return",
+    "co_yield", "compl", "concept", "const", "const_cast", "consteval", "constexpr", "constinit",
+    "continue", "decltype", "default", "delete", "do", "double", "dynamic_cast", "else", "enum",
+    "explicit", "export", "extern", "false", "float", "for", "friend", "goto", "if", "inline",
+    "int", "long", "mutable", "namespace", "new", "noexcept", "not", "not_eq", "nullptr",
+    "operator", "or", "or_eq", "private", "protected", "public", "real", "register",
+    "reinterpret_cast", "requires", "return", "short", "signed", "sizeof", "static",
+    "static_assert", "static_cast", "struct", "switch", "template", "this", "thread_local", "throw",
+    "true", "try", "typedef", "typeid", "typename", "union", "unsigned", "using", "virtual", "void",
+    "volatile", "wchar_t", "while", "xor", "xor_eq",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Node:
-    """One operation. `op` is an operator, a function, or "name" / "number" with its value in `value`."""
+    """An operation: `op` is an operator, a function, or "name" or "number" with a `value`."""
 
     op: str
     args: tuple[Node, ...] = ()
@@ -173,11 +97,23 @@ class Statement:
     line: int
 
 
+def needed(statements: Sequence[Statement], outputs: set[str]) -> list[Statement]:
+    """The statements that `outputs` depend on; compilers warn of the others."""
+    kept: list[Statement] = []
+    wanted = set(outputs)
+    for statement in reversed(statements):
+        if statement.target in wanted:
+            kept.append(statement)
+            wanted |= statement.expression.names()
+    return kept[::-1]
+
+
 def check_label(label: object, what: str) -> str:
-    """Return a model's or surrogate's name if it can be part of a C++ symbol, else raise EquationError."""
+    """Return `label` if it can be part of a C++ symbol, else raise EquationError."""
     if not isinstance(label, str) or not _NAME.fullmatch(label):
         raise EquationError(
-            f"{what} {_quote(label)} is not a name: a letter, then up to 63 letters, digits and _ (ASCII)"
+            f"{what} {_quote(label)} is not a name: "
+            "a letter, then up to 63 letters, digits and _ (ASCII)"
         )
     return label
 
@@ -187,7 +123,8 @@ def check_name(identifier: object, what: str) -> str:
     identifier = check_label(identifier, what)
     if identifier.endswith("_") or "__" in identifier:
         raise EquationError(
-            f"{what} '{identifier}': names that end in _ or contain __ are kept for the generated code"
+            f"{what} '{identifier}': "
+            "names that end in _ or contain __ are kept for the generated code"
         )
     if identifier in _CPP_WORDS:
         raise EquationError(f"{what} '{identifier}' is a word of C++; choose another name")
@@ -205,8 +142,7 @@ def parse_block(text: str, readable: Iterable[str]) -> tuple[Statement, ...]:
     """
     known_names = set(readable)
     statements = []
-    text = _checked_text(text)
-    lines = text.splitlines()
+    lines = _checked_text(text).splitlines()
     indent = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
     text = "\n".join(line[indent:] for line in lines)
     for statement in _parse(text, "exec").body:
@@ -247,15 +183,11 @@ def _checked_text(text: object) -> str:
     if not isinstance(text, str):
         raise EquationError(f"equations must be text, got {type(text).__name__}")
     if len(text) > MAX_CHARACTERS:
-        raise EquationError(
-            f"equations of {len(text)} characters; at most {MAX_CHARACTERS} are allowed"
-        )
-    if not text.isascii() or any(ord(c) < 32 and c not in "\n\t" for c in text):
-        odd = next(
-            i for i, c in enumerate(text) if ord(c) > 126 or (ord(c) < 32 and c not in "\n\t")
-        )
-        line = text.count("\n", 0, odd) + 1
-        raise EquationError(f"line {line}: {_quote(text[odd])}: equations are plain ASCII text")
+        size = f"equations of {len(text)} characters"
+        raise EquationError(f"{size}; at most {MAX_CHARACTERS} are allowed")
+    if odd := _NOT_TEXT.search(text):
+        line = text.count("\n", 0, odd.start()) + 1
+        raise EquationError(f"line {line}: {_quote(odd[0])}: equations are plain ASCII text")
     return text
 
 
@@ -263,29 +195,27 @@ def _parse(text: str, mode: str) -> Any:
     try:
         return ast.parse(text, mode=mode)
     except SyntaxError as error:
-        where = (
-            f"line {error.lineno}: {_quote((error.text or '').strip())}: " if error.lineno else ""
-        )
+        word = _quote((error.text or "").strip())
+        where = f"line {error.lineno}: {word}: " if error.lineno else ""
         raise EquationError(f"{where}{error.msg}") from None
     except (ValueError, RecursionError, MemoryError) as error:
-        raise EquationError(
-            f"equations are too deep or malformed ({type(error).__name__})"
-        ) from None
+        reason = f"equations are too deep or malformed ({type(error).__name__})"
+        raise EquationError(reason) from None
 
 
 def _convert(text: str, root: ast.expr, readable: set[str]) -> Node:
     count = 0
+    refused = partial(_error, text)
 
     def convert(node: ast.expr, depth: int, condition: bool = False) -> Node:
         nonlocal count
         count += 1
         if count > MAX_NODES or depth > MAX_DEPTH:
-            raise EquationError(
-                f"line {node.lineno}: expression is too large (over {MAX_NODES} terms or {MAX_DEPTH} levels)"
-            )
+            most = f"{MAX_NODES} terms or {MAX_DEPTH} levels"
+            raise EquationError(f"line {node.lineno}: expression is too large (over {most})")
         deeper = depth + 1
         if condition and not isinstance(node, ast.Compare):
-            raise _error(text, node, "where() takes a comparison first, such as where(u < 0, a, b)")
+            raise refused(node, "where() takes a comparison first, such as where(u < 0, a, b)")
         match node:
             case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
                 return _finite(text, node, lambda: float(value))
@@ -293,7 +223,7 @@ def _convert(text: str, root: ast.expr, readable: set[str]) -> Node:
                 if identifier in CONSTANTS:
                     return number(CONSTANTS[identifier])
                 if identifier not in readable:
-                    raise _error(text, node, f"unknown name. {known(readable | set(CONSTANTS))}")
+                    raise refused(node, f"unknown name. {known(readable | set(CONSTANTS))}")
                 return name(identifier)
             case ast.UnaryOp(op=ast.UAdd(), operand=operand):
                 return convert(operand, deeper)
@@ -307,34 +237,20 @@ def _convert(text: str, root: ast.expr, readable: set[str]) -> Node:
             ):
                 return Node(_COMPARE[type(op)], (convert(left, deeper), convert(right, deeper)))
             case ast.Compare():
-                raise _error(
-                    text,
-                    node,
-                    "a single comparison is allowed, and only as the first argument of where()",
-                )
-            case ast.Call(func=ast.Name(id=function), args=args, keywords=[]) if (
-                function in FUNCTIONS
-            ):
-                if len(args) != FUNCTIONS[function]:
-                    raise _error(
-                        text,
-                        node,
-                        f"{function}() takes {FUNCTIONS[function]} arguments, got {len(args)}",
-                    )
-                where = function == "where"
-                return Node(
-                    function,
-                    tuple(convert(a, deeper, where and i == 0) for i, a in enumerate(args)),
-                )
+                place = "only as the first argument of where()"
+                raise refused(node, f"a single comparison is allowed, and {place}")
+            case ast.Call(func=ast.Name(id=f), args=args, keywords=[]) if f in FUNCTIONS:
+                if len(args) != FUNCTIONS[f]:
+                    reason = f"{f}() takes {FUNCTIONS[f]} arguments, got {len(args)}"
+                    raise refused(node, reason)
+                where = f == "where"
+                parts = (convert(a, deeper, where and i == 0) for i, a in enumerate(args))
+                return Node(f, tuple(parts))
             case ast.Call(func=ast.Name()):
-                raise _error(
-                    text, node, f"unknown function, or keywords in its call. {known(FUNCTIONS)}"
-                )
-        raise _error(
-            text,
-            node,
-            "only numbers, names, + - * / **, where() and the listed functions are allowed",
-        )
+                reason = f"unknown function, or keywords in its call. {known(FUNCTIONS)}"
+                raise refused(node, reason)
+        listed = "+ - * / **, where() and the listed functions"
+        raise refused(node, f"only numbers, names, {listed} are allowed")
 
     def folded(node: ast.expr, tree: Node) -> Node:
         """Refuse constant arithmetic that overflows (9**9**9) before a compiler ever sees it."""
@@ -349,12 +265,8 @@ def _constant(tree: Node) -> float:
     if tree.op == "number":
         return float(tree.value)
     values = [_constant(arg) for arg in tree.args]
-    table: dict[str, Callable[..., float]] = {
-        "+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": lambda a, b: a / b,
-        "**": lambda a, b: a**b, "neg": lambda a: -a,
-    }  # fmt: skip
-    # a function of constants (log(2)) is bounded by its arguments, so any finite stand-in serves the check
-    return table[tree.op](*values) if tree.op in table else 1.0
+    # a function of constants (log(2)) is bounded by its arguments: any finite stand-in will do
+    return _ARITHMETIC[tree.op](*values) if tree.op in _ARITHMETIC else 1.0
 
 
 def _finite(text: str, node: ast.expr, value: Callable[[], float]) -> Node:
@@ -368,5 +280,5 @@ def _finite(text: str, node: ast.expr, value: Callable[[], float]) -> Node:
 
 
 def small_power(node: Node) -> bool:
-    """x**2 and x**3 are products on every target, hence exact; any other power is the library's pow."""
+    """x**2 and x**3 are products on every target, hence exact; other powers are the library's."""
     return node.op == "**" and node.args[1].op == "number" and node.args[1].value in (2.0, 3.0)

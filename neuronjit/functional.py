@@ -1,8 +1,9 @@
 """One function for each built-in model: `multistep` with the model's parameters spelled out.
 
-Every function takes `x_seq` `[T, N, *]` and initial states (a number, a tensor `[N, *]`, or None for the
-model's own), parameters as numbers or broadcasting tensors, and returns `Output(spikes, state, record)`.
-`v_reset=None` is soft reset. Further keywords go to `multistep`: surrogate, detach_reset, record, backend.
+Every function takes `x_seq` `[T, N, *]` and initial states (a number, a tensor `[N, *]`, or None
+for the model's own), parameters as numbers or broadcasting tensors, and returns `Output(spikes,
+state, record)`. `v_reset=None` is soft reset. Further keywords go to `multistep`: surrogate,
+detach_reset, record, backend.
 """
 
 from __future__ import annotations
@@ -45,11 +46,13 @@ def lif(
     v_reset: Number | None = 0.0,
     **options: Any,
 ) -> Output:
-    """Leaky integrate-and-fire: h = v + (x - (v - v_reset)) / tau, or v - (v - v_reset) / tau + x."""
+    """Leaky integrate-and-fire: h = v + (x - (v - v_reset)) / tau.
+
+    Without `decay_input`, the input is not divided by tau.
+    """
     model = neurons.LIF if decay_input else neurons.LIF_NO_DECAY
-    return _run(
-        model, x_seq, {"v": v}, tau=tau, v_threshold=v_threshold, v_reset=v_reset, **options
-    )
+    options |= dict(tau=tau, v_threshold=v_threshold, v_reset=v_reset)
+    return _run(model, x_seq, {"v": v}, **options)
 
 
 def plif(
@@ -64,15 +67,8 @@ def plif(
 ) -> Output:
     """LIF with 1 / tau as a (learnable) factor (Fang et al. 2021, arXiv:2007.05785)."""
     model = neurons.PLIF if decay_input else neurons.PLIF_NO_DECAY
-    return _run(
-        model,
-        x_seq,
-        {"v": v},
-        reciprocal_tau=reciprocal_tau,
-        v_threshold=v_threshold,
-        v_reset=v_reset,
-        **options,
-    )
+    options |= dict(reciprocal_tau=reciprocal_tau, v_threshold=v_threshold, v_reset=v_reset)
+    return _run(model, x_seq, {"v": v}, **options)
 
 
 def qif(
@@ -88,10 +84,8 @@ def qif(
     **options: Any,
 ) -> Output:
     """Quadratic integrate-and-fire: h = v + (x + a0 (v - v_rest)(v - v_c)) / tau."""
-    return _run(
-        neurons.QIF, x_seq, {"v": v},
-        tau=tau, v_c=v_c, a0=a0, v_threshold=v_threshold, v_rest=v_rest, v_reset=v_reset, **options,
-    )  # fmt: skip
+    options |= dict(tau=tau, v_c=v_c, a0=a0, v_rest=v_rest)
+    return _run(neurons.QIF, x_seq, {"v": v}, v_threshold=v_threshold, v_reset=v_reset, **options)
 
 
 def eif(
@@ -106,11 +100,12 @@ def eif(
     v_reset: Number | None = -0.1,
     **options: Any,
 ) -> Output:
-    """Exponential integrate-and-fire: h = v + (x - (v - v_rest) + delta_T exp((v - theta_rh) / delta_T)) / tau."""
-    return _run(
-        neurons.EIF, x_seq, {"v": v},
-        tau=tau, delta_T=delta_T, theta_rh=theta_rh, v_threshold=v_threshold, v_rest=v_rest, v_reset=v_reset, **options,
-    )  # fmt: skip
+    """Exponential integrate-and-fire.
+
+    h = v + (x - (v - v_rest) + delta_T exp((v - theta_rh) / delta_T)) / tau.
+    """
+    options |= dict(tau=tau, delta_T=delta_T, theta_rh=theta_rh, v_rest=v_rest)
+    return _run(neurons.EIF, x_seq, {"v": v}, v_threshold=v_threshold, v_reset=v_reset, **options)
 
 
 def izhikevich(
@@ -129,8 +124,10 @@ def izhikevich(
     b: Number = 0.0,
     **options: Any,
 ) -> Output:
-    """Izhikevich's adaptive quadratic neuron: QIF minus w, and w + (a (h - v_rest) - w) / tau_w + b s."""
-    return _run(
-        neurons.IZHIKEVICH, x_seq, {"v": v, "w": w},
-        tau=tau, v_c=v_c, a0=a0, v_threshold=v_threshold, v_reset=v_reset, v_rest=v_rest, tau_w=tau_w, a=a, b=b, **options,
-    )  # fmt: skip
+    """Izhikevich's adaptive quadratic neuron: QIF of x - w, where w relaxes to a (h - v_rest).
+
+    After the charge, w + (a (h - v_rest) - w) / tau_w + b s.
+    """
+    options |= dict(tau=tau, v_c=v_c, a0=a0, v_rest=v_rest, tau_w=tau_w, a=a, b=b)
+    options |= dict(v_threshold=v_threshold, v_reset=v_reset)
+    return _run(neurons.IZHIKEVICH, x_seq, {"v": v, "w": w}, **options)

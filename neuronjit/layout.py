@@ -1,4 +1,4 @@
-"""Memory layouts: kernels see a step as N numbers in a row, whatever the order of the dimensions."""
+"""Memory layouts: a step is N numbers in a row to kernels, whatever the order of dimensions."""
 
 from __future__ import annotations
 
@@ -47,13 +47,11 @@ def outermost_first(strides: Sequence[int]) -> list[int]:
 
 
 class Repeat(NamedTuple):
-    """How a broadcast parameter repeats over the neurons: neuron n reads element n // inner % period."""
+    """How a broadcast parameter repeats: neuron n reads element n // inner % period."""
 
     inner: int
     period: int
-    order: (
-        tuple[int, ...] | None
-    )  # its dimensions in the order of memory; None: one for each neuron
+    order: tuple[int, ...] | None  # its dimensions in memory; None: one element a neuron
 
     def elements(self, tensor: Tensor, shape: Sequence[int], strides: Strides) -> Tensor:
         """The parameter's numbers in the order in which the kernel counts them."""

@@ -1,7 +1,8 @@
-"""The interface of SpikingJelly's CuPy neuron kernels (dropped there in 2.0.0): same names, order and returns.
+"""SpikingJelly's CuPy neuron kernels (dropped there in 2.0.0): same names, order and returns.
 
-`x_seq` is `[T, N, *]`, `v_init` `[N, *]` (or a number); returned sequences are `[T, N, *]` in x_seq's dtype.
-`v_reset=None` is soft reset. Surrogates are neuronjit's or SpikingJelly's. Errors: as for `multistep`.
+`x_seq` is `[T, N, *]`, `v_init` `[N, *]` (or a number); returned sequences are `[T, N, *]` in
+x_seq's dtype. `v_reset=None` is soft reset. Surrogates are neuronjit's or SpikingJelly's. Errors:
+as for `multistep`.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def multistep_plif_ptt(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Parametric LIF. Returns (spike_seq, v_seq, reciprocal_tau), the last as it was passed."""
     out = functional.plif(
-        x_seq, v_init, reciprocal_tau=reciprocal_tau, decay_input=decay_input, v_threshold=v_threshold, v_reset=v_reset,
+        x_seq, v_init, reciprocal_tau=reciprocal_tau, decay_input=decay_input,
+        v_threshold=v_threshold, v_reset=v_reset,
         detach_reset=detach_reset, surrogate=surrogate_function, record=("v",),
     )  # fmt: skip
     return out.spikes, out.record["v"], reciprocal_tau
@@ -83,7 +85,8 @@ def multistep_qif_ptt(
 ) -> tuple[Tensor, Tensor]:
     """Quadratic integrate-and-fire. Returns (spike_seq, v_seq)."""
     out = functional.qif(
-        x_seq, v_init, tau=tau, v_c=v_c, a0=a0, v_threshold=v_threshold, v_rest=v_rest, v_reset=v_reset,
+        x_seq, v_init, tau=tau, v_c=v_c, a0=a0,
+        v_threshold=v_threshold, v_rest=v_rest, v_reset=v_reset,
         detach_reset=detach_reset, surrogate=surrogate_function, record=("v",),
     )  # fmt: skip
     return out.spikes, out.record["v"]
@@ -107,8 +110,9 @@ def multistep_izhikevich_ptt(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Izhikevich. Returns (spike_seq, v_seq, w_seq)."""
     out = functional.izhikevich(
-        x_seq, v_init, w_init, tau=tau, v_c=v_c, a0=a0, v_threshold=v_threshold, v_reset=v_reset, v_rest=v_rest,
-        tau_w=tau_w, a=a, b=b, detach_reset=detach_reset, surrogate=surrogate_function, record=("v", "w"),
+        x_seq, v_init, w_init, tau=tau, v_c=v_c, a0=a0,
+        v_threshold=v_threshold, v_reset=v_reset, v_rest=v_rest, tau_w=tau_w, a=a, b=b,
+        detach_reset=detach_reset, surrogate=surrogate_function, record=("v", "w"),
     )  # fmt: skip
     return out.spikes, out.record["v"], out.record["w"]
 
@@ -125,14 +129,12 @@ def multistep_eif_ptt(
     detach_reset: bool,
     surrogate_function: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Exponential integrate-and-fire. Returns (spike_seq, vv, h_seq): vv is `[T+1, N, *]`, v_init first."""
+    """Exponential integrate-and-fire. Returns (spike_seq, vv, h_seq); vv starts with v_init."""
     out = functional.eif(
-        x_seq, v_init, tau=tau, delta_T=delta_T, theta_rh=theta_rh, v_threshold=v_threshold, v_rest=v_rest, v_reset=v_reset,
+        x_seq, v_init, tau=tau, delta_T=delta_T, theta_rh=theta_rh,
+        v_threshold=v_threshold, v_rest=v_rest, v_reset=v_reset,
         detach_reset=detach_reset, surrogate=surrogate_function, record=("v", "h"),
     )  # fmt: skip
     first = v_init.to(x_seq.dtype) if isinstance(v_init, Tensor) else x_seq.new_tensor(v_init)
-    return (
-        out.spikes,
-        torch.cat([first.expand(x_seq.shape[1:])[None], out.record["v"]]),
-        out.record["h"],
-    )
+    vv = torch.cat([first.expand(x_seq.shape[1:])[None], out.record["v"]])
+    return out.spikes, vv, out.record["h"]

@@ -1,4 +1,4 @@
-"""Neuron models as data: a block of equations, the states with initial values, the parameters with defaults."""
+"""Neuron models as data: a block of equations, states that start somewhere, parameters."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ class NeuronModel:
 
     Args:
         name: any name; appears in kernel names and listings.
-        equations: assignments in Python syntax, run in order. They read x (the input), the states, the
-            parameters and what was assigned before. `h` (the charged membrane potential) must be assigned,
-            `theta` (the threshold) may be and is `v_threshold` otherwise. The neuron fires, s = (h >= theta),
-            just before the first statement that reads `s`, or at the end. Then v is reset from h and s by the
-            reset mode, unless the block assigns `v` itself. `detach(...)` cuts a gradient.
+        equations: assignments in Python syntax, run in order. They read x (the input), the states,
+            the parameters and what was assigned before. `h` (the charged membrane potential) must
+            be assigned, `theta` (the threshold) may be and is `v_threshold` otherwise. The neuron
+            fires, s = (h >= theta), just before the first statement that reads `s`, or at the end.
+            Then v is reset from h and s by the reset mode, unless the block assigns `v` itself.
+            `detach(...)` cuts a gradient.
         state: states (v among them) with the numbers they start from.
-        params: parameters with default numbers. `v_threshold` (1.0) and `v_reset` (0.0) always exist.
+        params: parameters with default numbers; `v_threshold` (1.0) and `v_reset` (0.0) always
+            exist.
         strict: fire on h > theta instead of h >= theta (as snnTorch and Norse do).
-        positive: parameters that only make sense above zero; checked in every call where they are numbers.
+        positive: parameters that only make sense above zero; numbers are checked in every call.
 
     Raises:
         EquationError: equations outside the language; names the line and the word.
@@ -52,43 +54,34 @@ class NeuronModel:
         self.equations = equations
         self.state = {check_name(k, "state"): _number(k, v) for k, v in state.items()}
         defaults = {"v_threshold": 1.0, "v_reset": 0.0}
-        self.params = {
-            check_name(k, "parameter"): _number(k, v) for k, v in {**(params or {})}.items()
-        }
-        self.params.update({k: v for k, v in defaults.items() if k not in self.params})
+        self.params = {check_name(k, "parameter"): _number(k, v) for k, v in (params or {}).items()}
+        self.params |= {k: v for k, v in defaults.items() if k not in self.params}
         self.strict = bool(strict)
         self.positive = frozenset(positive)
+        this = f"model '{name}'"
         for key in [*self.state, *self.params]:
             if key in _RESERVED:
-                raise EquationError(
-                    f"model '{name}': '{key}' is {_RESERVED[key]}; it cannot be a state or a parameter"
-                )
+                reason = f"'{key}' is {_RESERVED[key]}; it cannot be a state or a parameter"
+                raise EquationError(f"{this}: {reason}")
         if "v" not in self.state:
-            raise EquationError(
-                f"model '{name}': the membrane potential 'v' must be one of the states {list(self.state)}"
-            )
+            reason = f"the membrane potential 'v' must be one of the states {list(self.state)}"
+            raise EquationError(f"{this}: {reason}")
         if both := self.state.keys() & self.params.keys():
-            raise EquationError(
-                f"model '{name}': {sorted(both)} cannot be both a state and a parameter"
-            )
+            raise EquationError(f"{this}: {sorted(both)} cannot be both a state and a parameter")
         if unknown := self.positive - self.params.keys():
-            raise EquationError(
-                f"model '{name}': positive names {sorted(unknown)}. {known(self.params)}"
-            )
-        self.statements = _check_block(self, parse_block(equations, self._readable()))
+            raise EquationError(f"{this}: positive names {sorted(unknown)}. {known(self.params)}")
+        readable = {"x", "s", "theta", *self.state, *self.params}
+        self.statements = _check_block(self, parse_block(equations, readable))
         self.own_reset = any(s.target == "v" for s in self.statements)
         self._identity = (
-            name, equations, tuple(self.state.items()), tuple(self.params.items()), self.strict, self.positive,
+            name, equations, tuple(self.state.items()), tuple(self.params.items()),
+            self.strict, self.positive,
         )  # fmt: skip
         self._hash = hash(self._identity)
 
-    def _readable(self) -> set[str]:
-        return {"x", "s", "theta", *self.state, *self.params}
-
     def __eq__(self, other: object) -> bool:
-        return self is other or (
-            isinstance(other, NeuronModel) and self._identity == other._identity
-        )
+        same = isinstance(other, NeuronModel) and self._identity == other._identity
+        return self is other or same
 
     def __hash__(self) -> int:
         return self._hash
@@ -99,7 +92,7 @@ class NeuronModel:
 
 @dataclass(frozen=True)
 class Program:
-    """A model with its reset, each name assigned once: what is printed, evaluated and differentiated."""
+    """A model with its reset, each name assigned once: to print, evaluate and differentiate."""
 
     statements: tuple[Statement, ...]  # one of them assigns "s" from Node("fire", (h, theta))
     final: Mapping[str, str]  # state -> the name that holds it after the step
@@ -108,21 +101,17 @@ class Program:
 
 @cache
 def program(model: NeuronModel, reset: str, detach_reset: bool) -> Program:
-    """Write out the spike and the reset of `model`. `reset` is "hard", "soft" or "own" (the block assigns v)."""
+    """Write out the spike and the reset: "hard", "soft", or "own" where the block assigns v."""
     current: dict[str, str] = {}  # a name of the equations -> the name that holds its value now
     count: dict[str, int] = {}  # how often a name was assigned, the entry of a state included
     statements: list[Statement] = []
 
     def assign(target: str, expression: Node, line: int = 0) -> None:
         count[target] = count.get(target, target in model.state) + 1
-        fresh = (
-            target
-            if count[target] == 1
-            else f"new{count[target] - 1 if count[target] > 2 else ''}_{target}_"
-        )
-        statements.append(
-            Statement(fresh, expression.substitute({k: name(v) for k, v in current.items()}), line)
-        )
+        again = count[target] - 1
+        fresh = f"new{again if again > 1 else ''}_{target}_" if again else target
+        expression = expression.substitute({k: name(v) for k, v in current.items()})
+        statements.append(Statement(fresh, expression, line))
         current[target] = fresh
 
     def fire() -> None:
@@ -162,34 +151,29 @@ def _check_block(model: NeuronModel, statements: tuple[Statement, ...]) -> tuple
     fired = False
     own_theta = any(s.target == "theta" for s in statements)
     for statement in statements:
-        reads, target, where = (
-            statement.expression.names(),
-            statement.target,
-            f"line {statement.line}: ",
-        )
+        reads, target = statement.expression.names(), statement.target
+        where = f"line {statement.line}: "
         fired = fired or "s" in reads
         if "s" in reads and "h" not in assigned:
-            raise EquationError(
-                f"{where}'s' is read before 'h' is assigned, so the neuron cannot fire yet"
-            )
+            reason = "'s' is read before 'h' is assigned, so the neuron cannot fire yet"
+            raise EquationError(where + reason)
         if "theta" in reads and own_theta and "theta" not in assigned:
             raise EquationError(f"{where}'theta' is read before it is assigned")
         if target in ("x", "s") or target in model.params:
             what = _RESERVED.get(target, "a parameter")
             raise EquationError(f"{where}'{target}' is {what}; it cannot be assigned")
         if target in ("h", "theta") and fired:
-            raise EquationError(
-                f"{where}'{target}' is assigned after the neuron fired (the first statement that reads 's')"
-            )
+            reason = "is assigned after the neuron fired (the first statement that reads 's')"
+            raise EquationError(f"{where}'{target}' {reason}")
         assigned.add(target)
     if "h" not in assigned:
-        raise EquationError(
-            f"model '{model.name}': 'h', the charged membrane potential, is never assigned"
-        )
+        reason = "'h', the charged membrane potential, is never assigned"
+        raise EquationError(f"model '{model.name}': {reason}")
     return statements
 
 
-# The six models of SpikingJelly's CuPy kernels, in their order of operations. With soft reset v_reset is 0.
+# The six models of SpikingJelly's CuPy kernels, in their order of operations. With soft reset,
+# v_reset is 0.
 IF = NeuronModel("if", "h = v + x", state=dict(v=0.0))
 LIF = NeuronModel(
     "lif",
@@ -231,17 +215,15 @@ EIF = NeuronModel(  # Fourcaud-Trocme et al. 2003; Neuronal Dynamics, section 5.
     params=dict(tau=2.0, delta_T=1.0, theta_rh=0.8, v_rest=0.0, v_reset=-0.1),
     positive=["tau", "delta_T"],
 )
-IZHIKEVICH = (
-    NeuronModel(  # Izhikevich 2003 in SpikingJelly's form: QIF with an adaptation variable w
-        "izhikevich",
-        """
+IZHIKEVICH = NeuronModel(  # Izhikevich 2003 in SpikingJelly's form: QIF with an adaptation w
+    "izhikevich",
+    """
     h = v + (x + a0 * (v - v_rest) * (v - v_c) - w) / tau
     w = w + (a * (h - v_rest) - w) / tau_w + b * s
     """,
-        state=dict(v=0.0, w=0.0),
-        params=dict(tau=2.0, v_c=0.8, a0=1.0, v_rest=-0.1, tau_w=2.0, a=0.0, b=0.0),
-        positive=["tau", "a0", "tau_w"],
-    )
+    state=dict(v=0.0, w=0.0),
+    params=dict(tau=2.0, v_c=0.8, a0=1.0, v_rest=-0.1, tau_w=2.0, a=0.0, b=0.0),
+    positive=["tau", "a0", "tau_w"],
 )
 Izhikevich = IZHIKEVICH
 

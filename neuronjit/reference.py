@@ -1,4 +1,4 @@
-"""The same equations stepped in eager PyTorch: what the kernels are tested against, and the fallback without them."""
+"""The equations stepped in eager PyTorch: what kernels are tested against, and the fallback."""
 
 from __future__ import annotations
 
@@ -72,9 +72,7 @@ def run(
             value = now["s"] if name == "s" else now[steps.h] if name == "h" else known[name]
             sequence.append(value.expand(x.shape).to(x_seq.dtype))
     # with T = 0 there is nothing to stack: the empty sequence that still has x_seq's gradient
-    stacked = {
-        name: torch.stack(sequence) if sequence else x_seq * 0 for name, sequence in outputs.items()
-    }
+    stacked = {name: torch.stack(s) if s else x_seq * 0 for name, s in outputs.items()}
     return stacked.pop("s"), {z: known[z].clone() for z in model.state}, stacked
 
 
@@ -87,9 +85,10 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 def evaluate(node: Node, values: Mapping[str, Any], constant: Callable[[float], Any]) -> Any:
-    """Evaluate with torch, one operation a node. `constant` makes a 0-dim tensor of the arithmetic dtype.
+    """Evaluate with torch, one operation a node.
 
-    Numbers become tensors because torch may turn a division by a Python number into a multiplication.
+    `constant` makes 0-dim tensors of the arithmetic dtype from numbers, because torch may turn a
+    division by a Python number into a multiplication.
     """
     if node.op == "name":
         return values[str(node.value)]

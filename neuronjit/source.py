@@ -14,7 +14,7 @@ from typing import Any
 
 from .derivatives import add, derivative, multiply, negate
 from .errors import SpecError, known
-from .expressions import Node, Statement, name, number
+from .expressions import Node, Statement, name, needed, number
 from .neurons import NeuronModel, as_model, program
 from .printing import divided_by, exact_divisions, fast_divisions, to_cpp
 from .surrogates import Surrogate, as_surrogate
@@ -40,21 +40,16 @@ class KernelSpec:
     detach_reset: bool = False
     per_neuron: tuple[str, ...] = ()  # parameters that differ between neurons
     learned: tuple[str, ...] = ()  # backward: parameters whose gradient is wanted
-    sequences: tuple[
-        str, ...
-    ] = ()  # forward: recorded besides s; backward: those whose gradient arrives
+    # forward: recorded besides s; backward: those whose gradient arrives
+    sequences: tuple[str, ...] = ()
     steps: int = 16  # K: steps between checkpoints, recomputed together
     lanes: int = 1  # neurons handled together
     loads: int = 1  # forward: rows of x on their way before the first is used
     prefetch: bool = False  # load the rows of the next steps before the current ones are used
 
     def __post_init__(self) -> None:
-        for field, allowed in (
-            ("target", TARGETS),
-            ("direction", DIRECTIONS),
-            ("dtype", STORAGE),
-            ("reset", RESETS),
-        ):
+        choices = dict(target=TARGETS, direction=DIRECTIONS, dtype=STORAGE, reset=RESETS)
+        for field, allowed in choices.items():
             if (given := getattr(self, field)) not in allowed:
                 raise SpecError(f"unknown {field} {ascii(given)[:80]}. {known(allowed)}")
 
@@ -70,11 +65,8 @@ class KernelSpec:
         parts += ["detached"] if self.detach_reset else []
         parts += [self.surrogate.name] if self.surrogate else []
         parts += [] if self.spiking else ["smooth"]
-        for word, names in (
-            ("per", self.per_neuron),
-            ("learn", self.learned),
-            ("seq", self.sequences),
-        ):
+        lists = dict(per=self.per_neuron, learn=self.learned, seq=self.sequences)
+        for word, names in lists.items():
             parts += [f"{word}_{'_'.join(names)}"] if names else []
         parts += [f"k{self.steps}", f"l{self.lanes}", f"r{self.loads}"]
         parts += ["ahead"] if self.prefetch else []
@@ -84,12 +76,9 @@ class KernelSpec:
     def request(self) -> str:
         """Digest of all that decides the rendered text, found without rendering it."""
         described: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        described["model"] = (
-            repr(self.model._identity[:2])
-            + repr([*self.model.state])
-            + repr(self.model.params.keys())
-        )
-        described["model"] += repr(self.model.strict)
+        model = self.model
+        parts = model._identity[:2], [*model.state], model.params.keys(), model.strict
+        described["model"] = "".join(map(repr, parts))
         described["surrogate"] = self.surrogate and repr(self.surrogate._identity)
         text = json.dumps([described, _renderer()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -125,30 +114,22 @@ class Field:
 
 def arguments(spec: KernelSpec) -> list[Field]:
     """The argument struct in the order in which a plan packs it: pointers, counts, numbers, T."""
-    states, params, forward = (
-        list(spec.model.state),
-        list(spec.model.params),
-        spec.direction == "forward",
-    )
+    states, params = list(spec.model.state), list(spec.model.params)
+    shared = [p for p in params if p not in spec.per_neuron]
     pointers = ["const storage* x_"]
-    if forward:
+    if spec.direction == "forward":
         pointers += ["storage* s_", *(f"storage* {n}_seq_" for n in spec.sequences)]
         pointers += [f"real* {z}_last_" for z in states] + ["real* checkpoints_"]
     else:
         pointers += ["storage* x_grad_", *(f"const storage* {n}_dseq_" for n in spec.sequences)]
-        pointers += [f"const real* {z}_dlast_" for z in states] + [
-            f"real* {z}_grad_" for z in states
-        ]
-        pointers += ["const real* checkpoints_"]
+        pointers += [f"const real* {z}_dlast_" for z in states]
+        pointers += [f"real* {z}_grad_" for z in states] + ["const real* checkpoints_"]
         pointers += [f"real* {p}_grad_" for p in spec.learned if p in spec.per_neuron]
     pointers += ["real* partials_"]
     pointers += [f"const real* {n}_ptr_" for n in [*states, *params]]
-    counts = [f"long long {p}_{w}_" for p in spec.per_neuron for w in ("inner", "count")] + [
-        "long long N_"
-    ]
-    reals = [
-        f"real {n}_value_" for n in [*states, *(p for p in params if p not in spec.per_neuron)]
-    ]
+    counts = [f"long long {p}_{w}_" for p in spec.per_neuron for w in ("inner", "count")]
+    counts += ["long long N_"]
+    reals = [f"real {n}_value_" for n in states + shared]
     reals += [f"real {p}_sg_" for p in surrogate_arguments(spec)]
     number_code = "d" if spec.dtype == "float64" else "f"
     text_codes = [(pointers, "Q"), (counts, "q"), (reals, number_code), (["int T_"], "i")]
@@ -173,10 +154,9 @@ def spec_of(
 ) -> KernelSpec:
     """The spec that a call with these choices would select, its sizes apart."""
     model, surrogate = as_model(model), as_surrogate(surrogate)
-    if unknown := options.keys() - {f.name for f in fields(KernelSpec)}:
-        raise SpecError(
-            f"unknown option {sorted(unknown)}. {known(f.name for f in fields(KernelSpec))}"
-        )
+    names = {f.name for f in fields(KernelSpec)}
+    if unknown := options.keys() - names:
+        raise SpecError(f"unknown option {sorted(unknown)}. {known(names)}")
     backward = direction == "backward"
     if backward:
         options.setdefault("sequences", ("s",))
@@ -218,13 +198,11 @@ def _environment() -> Any:
 def _squeeze(text: str) -> str:
     """Drop the empty lines that macros leave behind."""
     lines = text.split("\n")
-    return "\n".join(
-        line for i, line in enumerate(lines) if line.strip() or (i and lines[i - 1].strip())
-    )
+    before = ["", *lines]
+    return "\n".join(b for a, b in zip(before, lines, strict=False) if a.strip() or b.strip())
 
 
 def _context(spec: KernelSpec) -> dict[str, Any]:
-    forward = spec.direction == "forward"
     surrogate_params = surrogate_arguments(spec)
     return {
         "spec": spec,
@@ -238,34 +216,22 @@ def _context(spec: KernelSpec) -> dict[str, Any]:
         "smooth_params": [] if spec.spiking else surrogate_params,
         "surrogate_functions": _surrogate_functions(spec),
         "step": _step(spec),
-        "adjoint": [] if forward else _adjoint(spec),
+        "adjoint": _adjoint(spec) if spec.direction == "backward" else [],
     }
 
 
 def _surrogate_functions(spec: KernelSpec) -> list[dict[str, str]]:
     surrogate = spec.surrogate
+    if surrogate is None:
+        return []
     functions: list[tuple[str, Node, str]] = []
-    if surrogate and not spec.spiking and surrogate.primitive_tree:
+    if not spec.spiking and surrogate.primitive_tree:
         functions.append(("smooth_spike_", surrogate.primitive_tree, "the smooth spike"))
-    if surrogate and spec.direction == "backward":
+    if spec.direction == "backward":
         tree = surrogate.derivative_tree if spec.spiking else surrogate.smooth_derivative_tree
         functions.append(("slope_", fast_divisions(tree, ()), "ds/du"))
-    return [
-        {"name": n, "body": to_cpp(tree), "comment": f"{surrogate.name}: {what} at u = h - theta"}
-        for n, tree, what in functions
-        if surrogate
-    ]
-
-
-def _needed(statements: Sequence[Statement], outputs: set[str]) -> list[Statement]:
-    """The statements that `outputs` depend on; compilers warn of the others."""
-    kept: list[Statement] = []
-    wanted = set(outputs)
-    for statement in reversed(statements):
-        if statement.target in wanted:
-            kept.append(statement)
-            wanted |= statement.expression.names()
-    return kept[::-1]
+    comment = f"{surrogate.name}: {{}} at u = h - theta"
+    return [dict(name=n, body=to_cpp(t), comment=comment.format(w)) for n, t, w in functions]
 
 
 def _print_statement(spec: KernelSpec, statement: Statement) -> str:
@@ -277,8 +243,13 @@ def _print_statement(spec: KernelSpec, statement: Statement) -> str:
     if spec.spiking:
         comparison = to_cpp(Node(">" if spec.model.strict else ">=", (h, theta)))
         return f"const real s = {comparison} ? real(1) : real(0);"
-    extra = "".join(f", sg_{p}_" for p in surrogate_arguments(spec))
-    return f"const real s = smooth_spike_({to_cpp(Node('-', (h, theta)))}{extra});"
+    return f"const real s = {_of_distance(spec, 'smooth_spike_', h, theta)};"
+
+
+def _of_distance(spec: KernelSpec, function: str, h: Node, theta: Node) -> str:
+    """A function of the surrogate's, called at u = h - theta."""
+    numbers = [f"sg_{p}_" for p in surrogate_arguments(spec)]
+    return f"{function}({', '.join([to_cpp(Node('-', (h, theta))), *numbers])})"
 
 
 @cache
@@ -291,10 +262,10 @@ def divisors(spec: KernelSpec) -> tuple[str, ...]:
 
 def _step(spec: KernelSpec) -> list[str]:
     lowered = program(spec.model, spec.reset, spec.detach_reset)
-    needed = _needed(lowered.statements, {"s", lowered.h, *lowered.final.values()})
-    read = set().union(*(s.expression.names() for s in needed)) | set(lowered.final.values())
+    statements = needed(lowered.statements, {"s", lowered.h, *lowered.final.values()})
+    read = set().union(*(s.expression.names() for s in statements)) | set(lowered.final.values())
     lines = [f"const real {z} = z_{z}_;" for z in spec.model.state if z in read]
-    lines += [_print_statement(spec, s) for s in needed]
+    lines += [_print_statement(spec, s) for s in statements]
     lines += [f"z_{z}_ = {last};" for z, last in lowered.final.items() if last != z]
     return [*lines, "s_ = s;", f"h_ = {lowered.h};"]
 
@@ -307,9 +278,8 @@ def _adjoint(spec: KernelSpec) -> list[str]:
     """
     lowered = program(spec.model, spec.reset, spec.detach_reset)
     terms: dict[str, list[Node]] = {}
-    lines: list[
-        tuple[str, Node | str, set[str]]
-    ] = []  # text before the expression, the expression, what it reads
+    # each the text before an expression, the expression, and what it reads
+    lines: list[tuple[str, Node | str, set[str]]] = []
 
     def let(target: str, value: Node) -> Node:
         gradient = f"d{target}" if target.endswith("_") else f"d_{target}_"
@@ -326,15 +296,12 @@ def _adjoint(spec: KernelSpec) -> list[str]:
         arrived = terms.pop(statement.target, [])
         if not arrived:
             continue
-        total = (
-            arrived[0]
-            if len(arrived) == 1 and arrived[0].op == "name"
-            else let(statement.target, add(arrived))
-        )
+        total = add(arrived)
+        if len(arrived) > 1 or total.op != "name":
+            total = let(statement.target, total)
         if statement.expression.op == "fire":
             h, theta = statement.expression.args
-            extra = "".join(f", sg_{p}_" for p in surrogate_arguments(spec))
-            fired = f"{to_cpp(total)} * slope_({to_cpp(Node('-', (h, theta)))}{extra})"
+            fired = f"{to_cpp(total)} * {_of_distance(spec, 'slope_', h, theta)}"
             lines.append(("const real fired_ = ", fired, total.names() | h.names() | theta.names()))
             terms.setdefault(str(h.value), []).append(name("fired_"))
             terms.setdefault(str(theta.value), []).append(negate(name("fired_")))
@@ -348,27 +315,19 @@ def _adjoint(spec: KernelSpec) -> list[str]:
                 part = Node("where", (name(carried.replace("after", "some", 1)), part, number(0)))
             if part != number(0):
                 terms.setdefault(read, []).append(part)
-    for z in spec.model.state:
-        value = add(terms.get(z, []))
-        lines.append((f"zd_{z}_ = ", value, value.names()))
-    value = add(terms.get("x", []))
-    lines.append(("xd_ = ", value, value.names()))
-    for p in spec.learned:
-        value = add(terms.get(p, []))
-        lines.append((f"pd_{p}_ += ", value, value.names()))
+    results = [(f"zd_{z}_ = ", z) for z in spec.model.state] + [("xd_ = ", "x")]
+    for before, source in [*results, *((f"pd_{p}_ += ", p) for p in spec.learned)]:
+        value = add(terms.get(source, []))
+        lines.append((before, value, value.names()))
     # a gradient that nothing reads (of a parameter not learned, say) is not printed
-    used = set()
-    kept = []
+    used: set[str] = set()
+    kept: list[str] = []
     for before, expression, reads in reversed(lines):
-        declared = (
-            before.removeprefix("const real ").removesuffix(" = ")
-            if before.startswith("const")
-            else None
-        )
-        if declared is None or declared in used:
+        declares = before.startswith("const real ")
+        if not declares or before.split()[2] in used:
             if isinstance(expression, Node):
                 expression = to_cpp(fast_divisions(expression, divisors(spec)))
             kept.append(f"{before}{expression};")
             used |= reads
-    needed = _needed(lowered.statements, used)
-    return [_print_statement(spec, s) for s in needed] + kept[::-1]
+    recomputed = needed(lowered.statements, used)
+    return [_print_statement(spec, s) for s in recomputed] + kept[::-1]

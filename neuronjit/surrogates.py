@@ -1,7 +1,7 @@
 """Surrogate gradients: what replaces the derivative of the Heaviside step in backward.
 
-Every surrogate is data: two expressions of u = h - theta and its numbers. Calling one gives the same
-surrogate with other numbers, `ATan(alpha=3.0)`; numbers are kernel arguments, so they compile nothing.
+Every surrogate is data: two expressions of u = h - theta and its numbers. Calling one gives the
+same surrogate with other numbers, `ATan(alpha=3.0)`; as kernel arguments, they compile nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ class Surrogate:
     Args:
         name: any name; appears in kernel names and listings.
         derivative: what backward uses for ds/du, e.g. "where(abs(u) < width, 0.5 / width, 0.0)".
-        primitive: the smooth function that replaces the spike when `spiking=False`; its exact derivative
-            is then the gradient (what `torch.autograd.gradcheck` verifies). None: there is none.
+        primitive: the smooth function that replaces the spike when `spiking=False`; its exact
+            derivative is then the gradient (what `torch.autograd.gradcheck` verifies). None:
+            there is none.
         params: the names that the expressions read, with default numbers.
         spiking: False for the smooth output.
 
@@ -44,9 +45,8 @@ class Surrogate:
         self.name = check_label(name, "surrogate name")
         self.params = {check_name(p, "surrogate parameter"): 0.0 for p in params or {}}
         if "u" in self.params:
-            raise SpecError(
-                f"surrogate '{name}': 'u' is the distance to the threshold, not a parameter"
-            )
+            reason = "'u' is the distance to the threshold, not a parameter"
+            raise SpecError(f"surrogate '{name}': {reason}")
         readable = {"u", *self.params}
         self.derivative = derivative
         self.primitive = primitive
@@ -58,24 +58,20 @@ class Surrogate:
         self._set(params or {}, spiking)
 
     def _set(self, params: Mapping[str, Any], spiking: bool) -> None:
+        this = f"surrogate '{self.name}'"
         for key, value in params.items():
             if key not in self.params:
-                raise SpecError(
-                    f"surrogate '{self.name}' has no parameter '{key}'. {known(self.params)}"
-                )
+                raise SpecError(f"{this} has no parameter '{key}'. {known(self.params)}")
             try:
                 number = float(value)
             except (TypeError, ValueError):
-                raise InputTypeError(
-                    f"surrogate '{self.name}': {key} must be a number, got {value!r:.80}"
-                ) from None
+                reason = f"{this}: {key} must be a number, got {value!r:.80}"
+                raise InputTypeError(reason) from None
             if not math.isfinite(number):
-                raise SpecError(f"surrogate '{self.name}': {key} must be finite, got {number}")
+                raise SpecError(f"{this}: {key} must be finite, got {number}")
             self.params[key] = number
         if not spiking and self.primitive is None:
-            raise SpecError(
-                f"surrogate '{self.name}' has no primitive, so spiking=False has no output to give"
-            )
+            raise SpecError(f"{this} has no primitive, so spiking=False has no output to give")
         self.spiking = bool(spiking)
         self.values = tuple(self.params.values())
 
@@ -95,11 +91,10 @@ class Surrogate:
         return derivative(self.primitive_tree, "u")
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Surrogate) and (self._identity, self.values, self.spiking) == (
-            other._identity,
-            other.values,
-            other.spiking,
-        )
+        if not isinstance(other, Surrogate):
+            return False
+        mine = self._identity, self.values, self.spiking
+        return mine == (other._identity, other.values, other.spiking)
 
     def __hash__(self) -> int:
         return self._hash
@@ -135,7 +130,8 @@ S2NN = Surrogate(
 QPseudoSpike = Surrogate(
     "QPseudoSpike",
     "(1 + 2 * abs(u) / (alpha - 1))**(-alpha)",
-    "where(u < 0, 0.5 * (1 + 2 * abs(u) / (alpha - 1))**(1 - alpha), 1 - 0.5 * (1 + 2 * abs(u) / (alpha - 1))**(1 - alpha))",
+    "where(u < 0, 0.5 * (1 + 2 * abs(u) / (alpha - 1))**(1 - alpha), "
+    "1 - 0.5 * (1 + 2 * abs(u) / (alpha - 1))**(1 - alpha))",
     dict(alpha=2.0),
 )
 LeakyKReLU = Surrogate(
@@ -153,7 +149,8 @@ LogTailedReLU = Surrogate(
 PiecewiseQuadratic = Surrogate(
     "PiecewiseQuadratic",
     "maximum(0, alpha - alpha * alpha * abs(u))",
-    "where(abs(u) * alpha < 1, 0.5 - 0.5 * alpha * alpha * abs(u) * u + alpha * u, where(u < 0, 0, 1))",
+    "where(abs(u) * alpha < 1, 0.5 - 0.5 * alpha * alpha * abs(u) * u + alpha * u, "
+    "where(u < 0, 0, 1))",
     dict(alpha=1.0),
 )
 Triangle = PiecewiseQuadratic
@@ -202,21 +199,18 @@ Tanh = Surrogate("Tanh", "1 - tanh(k * u)**2", "tanh(k * u) / k + 0.5", dict(k=1
 
 
 def SquarewaveFourierSeries(n: int = 2, T: float = 8.0, *, spiking: bool = True) -> Surrogate:
-    """The square wave's Fourier series up to its term n - 1; T is its period. n shapes the expression."""
+    """The square wave's Fourier series of period T up to term n - 1; n shapes the expression."""
     if not isinstance(n, int) or not 2 <= n <= 32:
         raise SpecError(f"SquarewaveFourierSeries: n must be an integer from 2 to 32, got {n!r}")
     odd = range(1, 2 * n - 2, 2)
     slopes = " + ".join(f"cos({k} * 2 * pi * u / T)" for k in odd)
     terms = " + ".join(f"sin({k} * 2 * pi * u / T) / {k}" for k in odd)
+    slope, primitive = f"4 / T * ({slopes})", f"0.5 + 2 / pi * ({terms})"
     name = f"SquarewaveFourierSeries{n}"
-    return Surrogate(
-        name, f"4 / T * ({slopes})", f"0.5 + 2 / pi * ({terms})", dict(T=T), spiking=spiking
-    )
+    return Surrogate(name, slope, primitive, dict(T=T), spiking=spiking)
 
 
-_BUILT_IN: dict[str, Surrogate] = {
-    s.name: s for s in list(globals().values()) if isinstance(s, Surrogate)
-}
+_BUILT_IN = {s.name: s for s in list(globals().values()) if isinstance(s, Surrogate)}
 
 
 def by_name(name: str) -> Surrogate:
@@ -226,20 +220,20 @@ def by_name(name: str) -> Surrogate:
             return surrogate
     if str(name).lower() == "squarewavefourierseries":
         return SquarewaveFourierSeries()
-    raise SpecError(
-        f"unknown surrogate {ascii(name)[:80]}. {known([*_BUILT_IN, 'SquarewaveFourierSeries'])}"
-    )
+    names = [*_BUILT_IN, "SquarewaveFourierSeries"]
+    raise SpecError(f"unknown surrogate {ascii(name)[:80]}. {known(names)}")
 
 
 def as_surrogate(given: Any) -> Surrogate:
-    """Our surrogate for `given`: one of ours, a name, or a SpikingJelly object (class name and attributes).
+    """Our surrogate for `given`: one of ours, a name, or a SpikingJelly object.
 
+    The last is known by its class name and attributes.
     Raises SpecError for an unknown one, InputTypeError for what is no surrogate at all.
     """
     if isinstance(given, Surrogate):
         return given
     if given is SquarewaveFourierSeries:
-        return SquarewaveFourierSeries()
+        return by_name("SquarewaveFourierSeries")
     if isinstance(given, str):
         return by_name(given)
     if isinstance(given, type) or not hasattr(given, "spiking"):
@@ -251,6 +245,4 @@ def as_surrogate(given: Any) -> Surrogate:
     if kind == "SquarewaveFourierSeries":
         return SquarewaveFourierSeries(given.n, given.T_period, spiking=given.spiking)
     ours = by_name(kind)
-    numbers = {p: getattr(given, p) for p in ours.params}
-    spiking: bool = given.spiking
-    return ours(spiking=spiking, **numbers)
+    return ours(spiking=given.spiking, **{p: getattr(given, p) for p in ours.params})

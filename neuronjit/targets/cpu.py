@@ -1,4 +1,4 @@
-"""The CPU: compile with the host's C++ compiler, load the shared object from memory, run on torch's threads."""
+"""The CPU: compile with the host's C++ compiler, load from memory, run on torch's threads."""
 
 from __future__ import annotations
 
@@ -19,23 +19,20 @@ import torch
 from ..errors import BackendError, CompileError, SpecError, known
 from .common import Shape, debug, first_lines, keep_source, steps_between_checkpoints
 
-# No contraction and no reordering: spikes are bit-identical to eager PyTorch's and to the GPU's. The last two
-# flags only drop what the kernels do not use (errno, floating-point traps), so that loops vectorise.
+# No contraction and no reordering: spikes are bit-identical to eager PyTorch's and to the GPU's.
+# The last two flags only drop what the kernels do not use (errno, floating-point traps), so that
+# loops vectorise.
 FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "-shared",
-    "-fPIC",
-    "-fvisibility=default",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-)
+    "-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=default", "-ffp-contract=off",
+    "-fno-math-errno", "-fno-trapping-math",
+)  # fmt: skip
 OPENMP = "-fopenmp"
-LANES = 64  # neurons of one inner loop: whole vectors of any width, and rows long enough for the prefetchers
+# neurons of one inner loop: whole vectors of any width, and rows long enough for the prefetchers
+LANES = 64
 _PARALLEL_FROM = 1 << 15  # neuron-steps below which waking threads costs more than it saves
 
-_X86_LEVELS = {  # the x86-64 psABI's levels; the kernels also use what each level's compilers may: F16C in v3
+# the x86-64 psABI's levels, with what compilers use of each (F16C in v3)
+_X86_LEVELS = {
     "x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
     "x86-64-v3": {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"},
     "x86-64-v2": {"cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"},
@@ -52,22 +49,22 @@ def why_unavailable() -> str | None:
 
 
 def compiler() -> list[str]:
-    """The command of the host compiler: $CXX, else g++ or clang++. Raises BackendError where there is none."""
+    """The command of the host compiler: $CXX, else g++ or clang++. Raises BackendError."""
     chosen = os.environ.get("CXX", "").strip()
     for command in [chosen] if chosen else ["g++", "clang++"]:
         try:
             words = shlex.split(command)
         except ValueError as error:
-            raise BackendError(
-                f"CXX={ascii(command)[:200]} cannot be read as a command: {error}"
-            ) from None
+            reason = f"CXX={ascii(command)[:200]} cannot be read as a command: {error}"
+            raise BackendError(reason) from None
         path = shutil.which(words[0]) if words else None
         if path:
             return [path, *words[1:]]
     looked = f"CXX={ascii(chosen)[:200]}" if chosen else "g++ and clang++"
     raise BackendError(
-        f"the cpu target needs a C++17 compiler; looked for {looked} on PATH. Install one (Debian: apt install g++;"
-        " conda: conda install gxx), name it in CXX, or use backend='eager'"
+        f"the cpu target needs a C++17 compiler; looked for {looked} on PATH. Install one"
+        " (Debian: apt install g++; conda: conda install gxx), name it in CXX,"
+        " or use backend='eager'"
     )
 
 
@@ -83,7 +80,7 @@ def _cpu_flags() -> frozenset[str]:
 
 @cache
 def arch(device: int = 0) -> str:
-    """The architecture that kernels are compiled for here, e.g. "x86-64-v3": levels, so that hosts can share."""
+    """What kernels are compiled for here, e.g. "x86-64-v3": levels, so that hosts can share."""
     machine = platform.machine().lower()
     if machine not in ("x86_64", "amd64"):
         return machine
@@ -93,9 +90,8 @@ def arch(device: int = 0) -> str:
 def runs_here(name: str) -> bool:
     """Whether this CPU has all the features of the level (each level includes those below it)."""
     levels = list(_X86_LEVELS)
-    return name == "x86-64" or all(
-        _X86_LEVELS[level] <= _cpu_flags() for level in levels[levels.index(name) :]
-    )
+    included = [] if name == "x86-64" else levels[levels.index(name) :]
+    return all(_X86_LEVELS[level] <= _cpu_flags() for level in included)
 
 
 def serving(arch: str) -> list[str]:
@@ -113,29 +109,26 @@ def check_arch(name: str) -> str:
     return name
 
 
+def _run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    nothing = subprocess.DEVNULL
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, stdin=nothing)
+
+
 @cache
 def _version(command: tuple[str, ...]) -> str:
     try:
-        done = subprocess.run(
-            [*command, "--version"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            stdin=subprocess.DEVNULL,
-        )
+        done = _run([*command, "--version"], timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BackendError(
-            f"the C++ compiler {command[0]} does not answer --version: {error}"
-        ) from None
+        reason = f"the C++ compiler {command[0]} does not answer --version: {error}"
+        raise BackendError(reason) from None
     if done.returncode:
-        raise BackendError(
-            f"the C++ compiler {command[0]} --version failed:\n{first_lines(done.stderr or done.stdout)}"
-        )
+        words = first_lines(done.stderr or done.stdout)
+        raise BackendError(f"the C++ compiler {command[0]} --version failed:\n{words}")
     return next(iter(done.stdout.splitlines()), "unknown")
 
 
 def fingerprint(arch: str) -> dict[str, str]:
-    """All that decides the binary besides the source. Raises BackendError where there is no compiler."""
+    """All that decides the binary besides the source. Raises BackendError without a compiler."""
     command = compiler()
     return {
         "target": "cpu",
@@ -147,27 +140,17 @@ def fingerprint(arch: str) -> dict[str, str]:
 
 
 def compile(source: str, symbol: str, arch: str) -> bytes:
-    """A shared object. Raises CompileError with the compiler's words and the place of the source."""
+    """A shared object. Raises CompileError with the compiler's words and the source's place."""
     march = [f"-march={arch}"] if arch.startswith("x86-64") else []
     try:
         with tempfile.TemporaryDirectory(prefix="neuronjit-") as folder:
             text, binary = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
             text.write_text(source, encoding="ascii")
             for openmp in ([OPENMP], []):  # without OpenMP's library the kernels run on one thread
-                command = [
-                    *compiler(),
-                    *FLAGS,
-                    *march,
-                    *openmp,
-                    "-o",
-                    str(binary),
-                    str(text),
-                    "-lm",
-                ]
+                files = ["-o", str(binary), str(text), "-lm"]
+                command = [*compiler(), *FLAGS, *march, *openmp, *files]
                 debug(f"{shlex.join(command)} ({symbol})")
-                done = subprocess.run(
-                    command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL
-                )
+                done = _run(command, timeout=600)
                 if done.returncode == 0 or "openmp" not in done.stderr.lower():
                     break
             code = binary.read_bytes() if done.returncode == 0 and binary.exists() else b""
@@ -175,7 +158,8 @@ def compile(source: str, symbol: str, arch: str) -> bytes:
         raise CompileError(f"the C++ compiler could not run for {symbol}: {error}") from None
     if code[:4] not in (b"\x7fELF", b"\xcf\xfa\xed\xfe"):
         raise CompileError(
-            f"the C++ compiler failed for {symbol} (exit code {done.returncode}); source: {keep_source(source, '.cpp')}\n"
+            f"the C++ compiler failed for {symbol} (exit code {done.returncode});"
+            f" source: {keep_source(source, '.cpp')}\n"
             f"{shlex.join(command)}\n{first_lines(done.stderr)}"
         )
     return code
@@ -244,8 +228,9 @@ def _dlopen(binary: bytes) -> ctypes.CDLL:
             with os.fdopen(os.dup(descriptor), "wb") as file:
                 file.write(binary)
             _seal(descriptor)
-            # glibc finds loaded libraries by path, and descriptors are used again: spell a path that no earlier
-            # load had, writing its number in binary as /. and //, which both mean "the same directory"
+            # glibc finds loaded libraries by path, and descriptors are used again: spell a path
+            # that no earlier load had, writing its number in binary as /. and //, which both mean
+            # "the same directory"
             number = next(_loads)
             spelling = "".join("/." if number >> bit & 1 else "//" for bit in range(24))
             return ctypes.CDLL(f"/proc/self/fd{spelling}/{descriptor}")
@@ -259,11 +244,8 @@ def _dlopen(binary: bytes) -> ctypes.CDLL:
 def _seal(descriptor: int) -> None:
     import fcntl
 
-    fcntl.fcntl(
-        descriptor,
-        fcntl.F_ADD_SEALS,
-        fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
-    )
+    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
 
 
 def _dlopen_file(binary: bytes) -> ctypes.CDLL:

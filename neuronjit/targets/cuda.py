@@ -1,4 +1,4 @@
-"""CUDA: compile with CuPy's NVRTC binding, load cubins from memory, launch on torch's current stream.
+"""CUDA: compile with CuPy's NVRTC binding, load cubins from memory, launch on torch's stream.
 
 NVRTC needs no GPU and no driver, so kernels for any GPU can be compiled anywhere.
 """
@@ -17,7 +17,8 @@ from ..errors import BackendError, CompileError, MissingKernelError, SpecError
 from ..source import CUDA_BLOCK
 from .common import Shape, debug, first_lines, keep_source, steps_between_checkpoints
 
-# --fmad=false and IEEE division keep spikes bit-identical to the CPU's; the kernels wait for memory, not for these.
+# --fmad=false and IEEE division keep spikes bit-identical to the CPU's; kernels wait for memory,
+# not for these.
 FLAGS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
 # torch's own accessors, in a fifth of a microsecond each; CPU builds have neither
 _raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -30,11 +31,9 @@ def why_unavailable() -> str | None:
         _nvrtc()
     except BackendError as error:
         return str(error)
-    return (
-        None
-        if torch.cuda.is_available()
-        else "torch finds no CUDA device (torch.cuda.is_available() is False)"
-    )
+    if torch.cuda.is_available():
+        return None
+    return "torch finds no CUDA device (torch.cuda.is_available() is False)"
 
 
 @cache
@@ -43,10 +42,10 @@ def _nvrtc() -> Any:
         from cupy.cuda import nvrtc
 
         nvrtc.getVersion()
-    except Exception as error:  # CuPy fails in many ways where libraries are missing: all of them mean the same here
+    except Exception as error:  # CuPy fails in many ways where libraries are missing
         raise BackendError(
-            f"the cuda target needs CuPy with NVRTC ({type(error).__name__}: {error}). Install it with"
-            " pip install 'neuronjit[cuda12]', or [cuda13] for CUDA 13"
+            f"the cuda target needs CuPy with NVRTC ({type(error).__name__}: {error}). Install it"
+            " with pip install 'neuronjit[cuda12]', or [cuda13] for CUDA 13"
         ) from None
     return nvrtc
 
@@ -59,34 +58,28 @@ def arch(device: int) -> str:
 
 
 def serving(arch: str) -> list[str]:
-    """The architectures whose cubins run on this one, the best first: minor versions up to its own."""
+    """The architectures whose cubins run on this one, the best first: minors up to its own."""
     if not arch[-1].isdigit():  # sm_90a runs on that alone
         return [arch]
     return [f"{arch[:-1]}{minor}" for minor in range(int(arch[-1]), -1, -1)]
 
 
 def check_arch(name: str) -> str:
-    """`name` if it is an architecture such as sm_90 (kernels for it can be compiled here). Raises SpecError."""
+    """`name` if it is an architecture, such as sm_90: any can be compiled for. Raises SpecError."""
     if not re.fullmatch(r"sm_\d{2,3}[af]?", name):
-        raise SpecError(
-            f"unknown CUDA architecture {ascii(name)[:80]}; expected sm_75, sm_80, sm_90, ..."
-        )
+        expected = "expected sm_75, sm_80, sm_90, ..."
+        raise SpecError(f"unknown CUDA architecture {ascii(name)[:80]}; {expected}")
     return name
 
 
 def fingerprint(arch: str) -> dict[str, str]:
-    """All that decides the binary besides the source. Raises BackendError where NVRTC is missing."""
-    version = ".".join(map(str, _nvrtc().getVersion()))
-    return {
-        "target": "cuda",
-        "arch": arch,
-        "compiler": f"nvrtc {version}",
-        "flags": " ".join(FLAGS),
-    }
+    """All that decides the binary besides the source. Raises BackendError without NVRTC."""
+    nvrtc = "nvrtc " + ".".join(map(str, _nvrtc().getVersion()))
+    return {"target": "cuda", "arch": arch, "compiler": nvrtc, "flags": " ".join(FLAGS)}
 
 
 def compile(source: str, symbol: str, arch: str) -> bytes:
-    """A cubin for `arch`, or PTX for the newest architecture that this NVRTC knows where it is older than the GPU.
+    """A cubin for `arch`; from an NVRTC older than the GPU, PTX for the newest one it knows.
 
     Raises CompileError with the compiler's words and the place of the source.
     """
@@ -99,15 +92,14 @@ def compile(source: str, symbol: str, arch: str) -> bytes:
     program = nvrtc.createProgram(source, f"{symbol}.cu", (), ())
     try:
         nvrtc.compileProgram(program, options)
-        return (
-            bytes(nvrtc.getPTX(program), "ascii") + b"\0"
-            if as_ptx
-            else bytes(nvrtc.getCUBIN(program))
-        )
+        if as_ptx:
+            return bytes(nvrtc.getPTX(program), "ascii") + b"\0"
+        return bytes(nvrtc.getCUBIN(program))
     except nvrtc.NVRTCError as error:
         log = first_lines(nvrtc.getProgramLog(program))
         raise CompileError(
-            f"NVRTC refused {symbol} ({error}); source: {keep_source(source, '.cu')}\n{' '.join(options)}\n{log}"
+            f"NVRTC refused {symbol} ({error}); source: {keep_source(source, '.cu')}\n"
+            f"{' '.join(options)}\n{log}"
         ) from None
     finally:
         nvrtc.destroyProgram(program)
@@ -166,8 +158,8 @@ def load(binary: bytes, symbol: str, lanes: int, device: int) -> Kernel:
 
     if torch.cuda.is_current_stream_capturing():
         raise MissingKernelError(
-            f"{symbol} is not loaded yet, and cannot be while a CUDA graph is captured. Run the same"
-            " call once before the capture (`neuronjit-cache prebuild` spares it the compiling)"
+            f"{symbol} is not loaded yet, and cannot be while a CUDA graph is captured. Run the"
+            " same call once before the capture (`neuronjit-cache prebuild` spares the compiling)"
         )
     with torch.cuda.device(device):
         _contexts.enter(device)
@@ -184,8 +176,8 @@ def shape(
 ) -> Shape:
     """Lanes, checkpoint distance and loads in flight for `n` neurons and `steps` time steps.
 
-    Measured on an H100: wide accesses pay while there are enough threads to fill the device; with few
-    threads and long chains the next rows must be on their way before the current ones are used.
+    Measured on an H100: wide accesses pay while there are enough threads to fill the device; with
+    few threads and long chains the next rows must be on their way before the current ones are used.
     """
     k = steps_between_checkpoints(steps, states)
     widest = max(8 // itemsize // states, 1)
