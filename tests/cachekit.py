@@ -120,6 +120,17 @@ def heard():
             texts.extend(str(warning.message) for warning in caught)
 
 
+@contextlib.contextmanager
+def for_all_users():
+    """A directory that other users can look into, which they cannot below pytest's own."""
+    path = Path(tempfile.mkdtemp(prefix="neuronjit-"))
+    try:
+        path.chmod(0o755)
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
 class Died(Exception):
     """A child was killed, raised, or took too long."""
 

@@ -9,7 +9,6 @@ import resource
 import stat
 import struct
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -353,24 +352,23 @@ def p13_swaps(directory, tries):
     planted = put(1, his, data=_planted(), mode=0o644)
     os.chown(planted, MALLORY, MALLORY)
     sound = put(2, directory, data=cachefile.encode(toy(1)))
-    done = threading.Event()
 
     def swap():
         for number in itertools.count():
-            if done.is_set():
-                return
             make, source = ((os.link, sound), (os.symlink, planted), (os.link, planted))[number % 3]
             make(source, place / "next")
             os.replace(place / "next", place / key(1))
 
-    swapper = threading.Thread(target=swap)
-    swapper.start()
-    ran = loaded = 0
-    with cachekit.heard():
-        for _ in range(tries):
-            entry = cache.load(key(1))
-            ran += entry is not None and entry.binary == b"planted"
-            loaded += entry is not None
-    done.set()
-    swapper.join()
-    return {"tries": tries, "loaded": loaded, "planted code loaded": ran}
+    swapper, end = Child(swap), time.monotonic() + 60
+    ran = loaded = tried = 0
+    try:
+        with cachekit.heard():
+            while tried < tries or (not loaded and time.monotonic() < end):
+                entry = cache.load(key(1))
+                ran += entry is not None and entry.binary == b"planted"
+                loaded += entry is not None
+                tried += 1
+    finally:
+        swapper.kill()
+        swapper.wait_status()
+    return {"tries": tried, "loaded": loaded, "planted code loaded": ran}

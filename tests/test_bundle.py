@@ -121,25 +121,22 @@ def test_what_is_there_is_kept_and_what_is_damaged_replaced(place, tmp_path):
 
 @needs_root
 def test_a_site_directory_is_for_all_users_to_read(place, tmp_path):
-    path, base = str(tmp_path / "kernels.njc"), cachekit.tempfile.mkdtemp(prefix="neuronjit-site-")
-    os.chmod(base, 0o755)  # noqa: S103 (that is the point)
-    try:
-        bundle.export_bundle(path)
+    path = str(tmp_path / "kernels.njc")
+    bundle.export_bundle(path)
+    with cachekit.for_all_users() as base:
+        site = base / "opt" / "kernels"
         before = os.umask(0o077)
         try:
-            bundle.import_bundle(path, trust=True, to=f"{base}/opt/kernels")
+            bundle.import_bundle(path, trust=True, to=str(site))
         finally:
             os.umask(before)
-        modes = {stat.S_IMODE(item.stat().st_mode) for item in os.scandir(f"{base}/opt/kernels")}
-        assert modes == {0o644}
+        assert {stat.S_IMODE(item.stat().st_mode) for item in site.iterdir()} == {0o644}
 
         def work():
-            use(f"{base}/none", f"{base}/opt/kernels")
+            use(base / "none", site)
             return [right(cache.load(key(number)), number) for number in range(3)]
 
         assert Child(work, uid=ALICE).finish() == {"value": [True] * 3, "warnings": []}
-    finally:
-        cachekit.shutil.rmtree(base)
 
 
 def test_an_unsafe_destination_is_named(place, tmp_path):

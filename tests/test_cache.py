@@ -414,51 +414,42 @@ def test_verify_reports_a_directory_that_it_may_not_trust(place):
 
 @needs_root
 def test_verify_fixes_only_what_it_may(place):
-    place.mkdir(mode=0o755)
-    place.chmod(0o755)
-    for number in range(3):
-        put(number, place, mode=0o644)
-    (place / key(1)).write_bytes(b"damaged")
-    for parent in place.parents:
-        if parent.stat().st_uid == 0 and parent.name.startswith("pytest-"):
-            parent.chmod(0o755)
-    place.parent.chmod(0o755)
-
     def work():
         checked, found = housekeeping.verify(fix=True)
         return checked, [(finding.key, finding.removed) for finding in found]
 
-    assert Child(work, uid=ALICE).result() == [3, [[key(1), False]]]
-    assert housekeeping.verify(fix=True)[1][0].removed
-    assert sorted(os.listdir(place)) == sorted([key(0), key(2)])
+    with cachekit.for_all_users() as site:
+        use(site)
+        for number in range(3):
+            put(number, site, mode=0o644)
+        (site / key(1)).write_bytes(b"damaged")
+        assert Child(work, uid=ALICE).result() == [3, [[key(1), False]]]
+        assert housekeeping.verify(fix=True)[1][0].removed
+        assert sorted(os.listdir(site)) == sorted([key(0), key(2)])
 
 
 @needs_root
-def test_a_group_may_share_a_directory_if_told_so(tmp_path_factory):
-    base = Path("/tmp") / f"neuronjit-shared-{os.getpid()}"  # noqa: S108 (its parent must be open)
-    base.mkdir(mode=0o755)
-    place, group = base / "cache", 54300
-    try:
-        place.mkdir()
-        os.chown(place, ALICE, group)
-        place.chmod(0o2770)
+def test_a_group_may_share_a_directory_if_told_so(place):
+    group = 54300
 
-        def work(uid, shared):
-            os.setresgid(group, group, group)
-            os.setresuid(uid, uid, uid)
-            use(place)
-            os.environ["NEURONJIT_SHARED_GROUP"] = shared
-            return right(get(1), 1), cache.counts().get("builds", 0)
+    def work(uid, shared):
+        os.setresgid(group, group, group)
+        os.setresuid(uid, uid, uid)
+        os.environ["NEURONJIT_SHARED_GROUP"] = shared
+        return right(get(1), 1), cache.counts().get("builds", 0)
 
+    with cachekit.for_all_users() as base:
+        shared = use(base / "cache")
+        shared.mkdir()
+        os.chown(shared, ALICE, group)
+        shared.chmod(0o2770)
         alone = Child(work, ALICE, "").finish()
         assert alone["value"] == [True, 1] and "its group" in alone["warnings"][0]
         assert Child(work, ALICE, "1").finish() == {"value": [True, 1], "warnings": []}
         assert Child(work, MALLORY, "1").finish() == {"value": [True, 0], "warnings": []}
-        (place / key(1)).chmod(0o666)
+        (shared / key(1)).chmod(0o666)
         found = Child(work, MALLORY, "1").finish()
         assert found["value"] == [True, 1] and "0666" in found["warnings"][0]
-    finally:
-        cachekit.shutil.rmtree(base)
 
 
 @needs_root

@@ -3,7 +3,6 @@
 benchmarks/cache_torture.py runs the same experiments in full.
 """
 
-import os
 import shutil
 
 import cachekit
@@ -40,14 +39,9 @@ def environment(monkeypatch):
 
 
 @pytest.fixture
-def base(tmp_path_factory):
-    """A directory that other users can look into, unlike pytest's own."""
-    path = tmp_path_factory.mktemp("base")
-    if os.geteuid() == 0:
-        path = type(path)(cachekit.tempfile.mkdtemp(prefix="neuronjit-base-"))
-    path.chmod(0o755)
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
+def base():
+    with cachekit.for_all_users() as path:
+        yield path
 
 
 def test_p1_a_crowd_builds_each_kernel_once(tmp_path):
