@@ -1,0 +1,71 @@
+"""The examples run as they stand, with few epochs, and learn."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import each_device
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+pytestmark = pytest.mark.slow
+for needed in ("sklearn", "matplotlib"):
+    pytest.importorskip(needed, reason=f"the examples need {needed}: pip install -e '.[examples]'")
+
+
+def run(script, *options, cwd):
+    path = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *options],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, done.stderr
+    return done.stdout
+
+
+def number(pattern, text):
+    found = re.search(pattern, text, re.M)
+    assert found, f"no {pattern!r} in:\n{text}"
+    return float(found[1])
+
+
+@each_device
+def test_digits(tmp_path, device):
+    picture = tmp_path / "out" / "digits.png"
+    options = ("--epochs", "3", "--device", device, "--out", str(picture))
+    said = run("digits.py", *options, cwd=tmp_path)
+    assert len(re.findall(r"^epoch +\d  loss \d\.\d+  test accuracy", said, re.M)) == 3
+    assert f"target: {device} kernels on " in said
+    compiled = number(r"^kernels: (\d+) compiled", said)
+    loaded = number(r"compiled, (\d+) loaded from the cache", said)
+    assert compiled + loaded >= 2
+    assert number(r"^test accuracy: ([\d.]+)% of 382 images after 3 epochs", said) > 88
+    assert number(r"^one epoch: ([\d.]+) s, eager neurons [\d.]+ s \([\d.]+ times\)", said) > 0
+    assert number(r"forward and backward: ([\d.]+) ms, eager [\d.]+ ms", said) > 0
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 30_000
+
+
+@pytest.mark.parametrize("neuron", ["plif", "izhikevich"])
+def test_digits_with_other_neurons(tmp_path, neuron):
+    """Few steps and one epoch: that they run; what they learn in that time is not much."""
+    options = ("--epochs", "1", "--time-steps", "2", "--neuron", neuron, "--out", "digits.png")
+    said = run("digits.py", *options, cwd=tmp_path)
+    assert "picture: digits.png" in said and (tmp_path / "digits.png").is_file()
+
+
+def test_a_custom_neuron(tmp_path):
+    said = run("custom_neuron.py", "--epochs", "4", cwd=tmp_path)
+    assert "theta = v_threshold + beta * a" in said
+    assert "__global__" in said
+    for name in ("leaky", "adaptive"):
+        # one of ten is chance; 20 epochs bring 76 and 83
+        assert number(rf"^{name} neurons: ([\d.]+)% of 382 test images right", said) > 40
+    again = run("custom_neuron.py", "--epochs", "1", cwd=tmp_path)
+    assert number(r"^kernels: 0 compiled, (\d+) loaded from the cache", again) == 4
