@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import stat
-import subprocess
-import sys
-import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -257,40 +253,21 @@ def test_unusual_but_right(device: str) -> None:
 
 # --- compilers that are missing or fail ----------------------------------------------------------
 
-CALL = """
-    import sys, warnings
-    import torch, neuronjit as nj
-    x = torch.full((3, 4), 0.75)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            for _ in range(3):
-                out = nj.multistep(nj.neurons.IF, x, backend={backend!r})
-            print("spikes", out.spikes[:, 0].tolist())
-        except nj.NeuronJitError as error:
-            print(type(error).__name__, error)
-    for warning in caught:
-        print("warning", warning.message)
-"""
+GOOD = [0.0, 1.0, 0.0]
 
 
-def in_a_process(tmp_path: Path, backend: str | None, **environment: str | None) -> str:
-    """What a fresh process with an empty cache prints."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("NEURONJIT_", "CXX"))}
-    env["NEURONJIT_CACHE_DIR"] = str(tmp_path / "cache")
-    env["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(nj.__file__).parents[1]), env.get("PYTHONPATH", "")]
-    )
-    for key, value in environment.items():
-        env.pop(key, None)
-        if value is not None:
-            env[key] = value
-    code = textwrap.dedent(CALL).format(backend=backend)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def compiled_call(backend: str | None = "cpu") -> list[float]:
+    """A call that must compile: a model that no other call has had."""
+    compiled_call.count += 1  # type: ignore[attr-defined]
+    return call_of(compiled_call.count, backend)  # type: ignore[attr-defined]
+
+
+compiled_call.count = 0  # type: ignore[attr-defined]
+
+
+def call_of(number: int, backend: str | None = "cpu") -> list[float]:
+    model = nj.NeuronModel(f"fresh{abs(number)}", f"h = v + x + 0 * {number}", state={"v": 0.0})
+    return nj.multistep(model, torch.full((3, 4), 0.75), backend=backend).spikes[:, 0].tolist()
 
 
 def compiler(tmp_path: Path, script: str) -> str:
@@ -300,55 +277,69 @@ def compiler(tmp_path: Path, script: str) -> str:
     return f"'{path}'"
 
 
-def test_no_compiler(tmp_path: Path) -> None:
-    """Forced: an error with what was looked for and how to get it. Else eager, with one warning."""
-    forced = in_a_process(tmp_path, "cpu", PATH=str(tmp_path))
-    assert forced.startswith("BackendError") and "g++" in forced and "CXX" in forced
-    assert "install" in forced.lower()
-    auto = in_a_process(tmp_path, None, PATH=str(tmp_path))
-    assert "spikes [0.0, 1.0, 0.0]" in auto
-    assert auto.count("warning") == 1 and "eager" in auto and "g++" in auto
+@pytest.mark.parametrize(
+    "variables",
+    [{"PATH": "/nonexistent"}, {"CXX": "/nonexistent/g++"}, {"CXX": "no-such-compiler"}],
+)
+def test_no_compiler(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forced: an error with what was looked for and how to get it. Else eager, with one warning.
 
-
-def test_cxx_names_no_compiler(tmp_path: Path) -> None:
-    """What CXX names is used or missed: no other compiler takes its place in silence."""
-    forced = in_a_process(tmp_path, "cpu", CXX="/nonexistent/g++")
-    assert forced.startswith("BackendError") and "/nonexistent/g++" in forced
-    auto = in_a_process(tmp_path, None, CXX="/nonexistent/g++")
-    assert "spikes [0.0, 1.0, 0.0]" in auto and auto.count("warning") == 1
+    What CXX names is used or missed: no other compiler takes its place in silence.
+    """
+    monkeypatch.delenv("CXX", raising=False)
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(nj.BackendError, match=variables.get("CXX", r"g\+\+")) as caught:
+        compiled_call()
+    assert "install" in str(caught.value).lower() and "CXX" in str(caught.value)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(3):  # three models: what is missing is the same
+            assert compiled_call(None) == GOOD
+    messages = [str(w.message) for w in warned]
+    assert len(messages) == 1 and "eager" in messages[0]
+    assert variables.get("CXX", "g++") in messages[0]
 
 
 @pytest.mark.parametrize(
-    "cxx", ["g++; touch X", "g++ && touch X", "$(touch X)", "`touch X`", "g++ | tee X"]
+    "cxx", ["g++; touch X", "g++ && touch X", "$(touch X)", "`touch X`", "g++ | tee X", "g++ 'open"]
 )
-def test_cxx_reaches_no_shell(tmp_path: Path, cxx: str) -> None:
-    printed = in_a_process(tmp_path, "cpu", CXX=cxx)
-    assert "Error" in printed
-    assert not (tmp_path / "X").exists()
+def test_cxx_reaches_no_shell(tmp_path: Path, cxx: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", cxx)
+    with pytest.raises((nj.BackendError, nj.CompileError)):
+        compiled_call()
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_cxx_with_flags_and_spaces(tmp_path: Path) -> None:
-    path = compiler(tmp_path, 'exec g++ "$@"')
-    assert "spikes [0.0, 1.0, 0.0]" in in_a_process(tmp_path, "cpu", CXX=f"{path} -DUNUSED=1")
+def test_cxx_with_flags_and_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cxx = compiler(tmp_path, 'exec g++ "$@"')
+    monkeypatch.setenv("CXX", f"{cxx} -DUNUSED=1")
+    assert compiled_call() == GOOD
 
 
 VERSION = 'case "$*" in *--version*) echo "fake g++ 13"; exit 0;; esac'
 
 
-def test_failing_compiler(tmp_path: Path) -> None:
-    """Its own words, the source's path, and nothing cached: it works once the cause is gone."""
+@pytest.mark.parametrize("backend", ["cpu", None])
+def test_failing_compiler(
+    tmp_path: Path, backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own words, the source's path, and nothing kept: it works once the cause is gone."""
     cxx = compiler(tmp_path, f'{VERSION}\necho "fatal: the moon is in the wrong phase" >&2; exit 1')
-    for backend in ("cpu", None):
-        printed = in_a_process(tmp_path, backend, CXX=cxx)
-        assert printed.startswith("CompileError") and "the moon is in the wrong phase" in printed
-        paths = [Path(word.strip(";:,()'")) for word in printed.split() if word.startswith("/")]
-        sources = [path for path in paths if path.suffix == ".cpp" and path.exists()]
-        assert sources, f"no readable source is named in: {printed}"
-        assert "multistep" in sources[0].read_text() or "step_" in sources[0].read_text()
-        for source in sources:
-            source.unlink()
-    compiler(tmp_path, 'exec g++ "$@"')
-    assert "spikes [0.0, 1.0, 0.0]" in in_a_process(tmp_path, "cpu", CXX=cxx)
+    monkeypatch.setenv("CXX", cxx)
+    for _ in range(2):
+        with pytest.raises(nj.CompileError, match="the moon is in the wrong phase") as caught:
+            call_of(-1 if backend else -2, backend)
+        words = [word.strip(";:,()'") for word in str(caught.value).split()]
+        sources = [Path(w) for w in words if w.endswith(".cpp") and Path(w).exists()]
+        assert sources, f"no readable source is named in: {caught.value}"
+        assert "step_" in sources[0].read_text()
+        sources[0].unlink()
+    compiler(tmp_path, f'{VERSION}\nexec g++ "$@"')
+    before = nj.engine.stats()["compiled"]
+    assert call_of(-1 if backend else -2, backend) == GOOD
+    assert nj.engine.stats()["compiled"] == before + 1
 
 
 @pytest.mark.parametrize(
@@ -357,15 +348,21 @@ def test_failing_compiler(tmp_path: Path) -> None:
         "exit 0",  # says it worked, and wrote nothing
         'while [ "$1" != -o ]; do shift; done; : > "$2"',  # an empty file
         'while [ "$1" != -o ]; do shift; done; echo no library > "$2"',
-        'kill -9 $$',
+        "kill -9 $$",
         "head -c 10000000 /dev/zero | tr '\\0' 'x' >&2; exit 1",  # megabytes of complaint
         'i=0; while [ $i -lt 5000 ]; do echo "error $i" >&2; i=$((i+1)); done; exit 1',
     ],
     ids=["nothing", "empty", "garbage", "killed", "one long line", "many lines"],
-)  # fmt: skip
-def test_compiler_that_lies_or_dies(tmp_path: Path, script: str) -> None:
-    printed = in_a_process(tmp_path, "cpu", CXX=compiler(tmp_path, f"{VERSION}\n{script}"))
-    assert printed.startswith("CompileError")
-    assert len(printed) < 20_000 and printed.count("\n") < 60
-    cached = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
-    assert not cached or not any(len(p.stem) == 64 for p in cached), "a failed build was kept"
+)
+def test_compiler_that_lies_or_dies(
+    tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", compiler(tmp_path, f"{VERSION}\n{script}"))
+    with pytest.raises(nj.CompileError) as caught:
+        compiled_call()
+    message = str(caught.value)
+    assert len(message) < 20_000 and message.count("\n") < 60
+    monkeypatch.delenv("CXX")
+    before = nj.engine.stats()["compiled"]
+    assert call_of(compiled_call.count) == GOOD  # type: ignore[attr-defined]
+    assert nj.engine.stats()["compiled"] == before + 1, "a failed build was kept"
