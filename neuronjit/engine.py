@@ -50,7 +50,9 @@ def build(spec: KernelSpec, arch: str) -> cache.Entry:
     def compile_now() -> cache.Entry:
         nonlocal compiled
         compiled = True
-        text = source.render_specs([spec])
+        from .rendering import render_specs  # a warm start renders nothing
+
+        text = render_specs([spec])
         binary = target.compile(text, spec.symbol, arch)
         return cache.Entry(key, _meta(spec, arch, fingerprint), text, binary)
 

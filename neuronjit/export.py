@@ -12,7 +12,8 @@ from typing import Any
 from . import neurons, targets
 from .errors import SpecError, known
 from .neurons import NeuronModel
-from .source import KernelSpec, render_specs, spec_of
+from .rendering import render_specs
+from .source import KernelSpec, spec_of
 from .surrogates import ATan
 
 

@@ -87,7 +87,7 @@ def _changed(directory):
             yield template.name, request() != spec.request
             template.write_bytes(text)
     get_data = pkgutil.get_data
-    for code in ("expressions.py", "derivatives.py", "neurons.py", "source.py"):
+    for code in source.RENDERERS:
 
         def altered(package, name, code=code):
             data = get_data(package, name)

@@ -22,7 +22,7 @@ STACK = [
     "plan reference",
     "engine checks layout",
     "manifest",
-    "targets",
+    "targets rendering",
     "cache source",
     "cachelock",
     "cachedir",

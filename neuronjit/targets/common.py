@@ -22,10 +22,11 @@ def steps_between_checkpoints(steps: int, states: int) -> int:
     return 4 if steps <= 4 else 8 if steps <= 8 or states > 2 else 16
 
 
-def debug(line: str) -> None:
-    """One line on stderr where NEURONJIT_DEBUG=1."""
+def debug(line: str, source: str = "", suffix: str = "") -> None:
+    """One line on stderr where NEURONJIT_DEBUG=1, and the place where the source was kept."""
     if os.environ.get("NEURONJIT_DEBUG", "0") not in ("", "0"):
-        sys.stderr.write(f"neuronjit: {line}\n")
+        kept = f"; source: {keep_source(source, suffix)}" if source else ""
+        sys.stderr.write(f"neuronjit: {line}{kept}\n")
 
 
 def first_lines(log: str, most: int = 40) -> str:

@@ -149,7 +149,7 @@ def compile(source: str, symbol: str, arch: str) -> bytes:
             for openmp in ([OPENMP], []):  # without OpenMP's library the kernels run on one thread
                 files = ["-o", str(binary), str(text), "-lm"]
                 command = [*compiler(), *FLAGS, *march, *openmp, *files]
-                debug(f"{shlex.join(command)} ({symbol})")
+                debug(f"{shlex.join(command)} ({symbol})", source, ".cpp")
                 done = _run(command, timeout=600)
                 if done.returncode == 0 or "openmp" not in done.stderr.lower():
                     break

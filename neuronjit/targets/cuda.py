@@ -88,7 +88,7 @@ def compile(source: str, symbol: str, arch: str) -> bytes:
     known = nvrtc.getSupportedArchs()
     as_ptx = number > max(known)
     options = [f"--gpu-architecture={f'compute_{max(known)}' if as_ptx else arch}", *FLAGS]
-    debug(f"nvrtc {' '.join(options)} {symbol}.cu ({keep_source(source, '.cu')})")
+    debug(f"nvrtc {' '.join(options)} {symbol}.cu", source, ".cu")
     program = nvrtc.createProgram(source, f"{symbol}.cu", (), ())
     try:
         nvrtc.compileProgram(program, options)

@@ -1,0 +1,192 @@
+"""Rendered sources: the export compiles whole, warnings are errors, what is shared stands once."""
+
+import itertools
+import json
+import random
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import neuronjit as nj
+from neuronjit.export import SEED_SURROGATES
+from neuronjit.rendering import render_specs
+from neuronjit.source import KernelSpec, spec_of
+from neuronjit.targets import cpu, cuda
+
+ARCHS = ("sm_75", "sm_90")
+MODELS = ("if", "lif", "lif_no_decay", "plif", "plif_no_decay", "qif", "izhikevich", "eif")
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
+
+needs_nvrtc = pytest.mark.skipif(
+    cuda.why_unavailable() is not None and "NVRTC" in str(cuda.why_unavailable()),
+    reason="needs CuPy's NVRTC: pip install -e '.[cuda12]'",
+)
+
+
+def nvrtc(source: str, arch: str) -> bytes:
+    """The cubin; any word of the compiler, a warning too, fails the test."""
+    from cupy.cuda import nvrtc
+
+    program = nvrtc.createProgram(source, "export.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, [f"--gpu-architecture={arch}", *cuda.FLAGS])
+    except nvrtc.NVRTCError:
+        pytest.fail(nvrtc.getProgramLog(program)[:2000])
+    assert not nvrtc.getProgramLog(program).strip("\0\n ")
+    return nvrtc.getCUBIN(program)
+
+
+def host(source: str, folder: Path, level: str = "-O1") -> None:
+    """Compiles, with every warning an error."""
+    path = folder / "export.cpp"
+    path.write_text(source)
+    flags = [f for f in cpu.FLAGS if f not in ("-O3", "-shared")]
+    command = [*cpu.compiler(), *flags, level, *WARNINGS, "-c", "-o", str(folder / "out.o"), path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:2000]
+
+
+def exported(symbols_of: str, path: Path, **choices: object) -> list[str]:
+    symbols = nj.save_cuda_codes(path / symbols_of, **choices)
+    assert len(set(symbols)) == len(symbols)
+    return symbols
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nvrtc_compiles_the_whole_default_export(arch: str, tmp_path: Path) -> None:
+    symbols = exported("all.cu", tmp_path)
+    # 8 variants x 2 resets x 2 dtypes forward; as many x 8 surrogates x 2 detach backward
+    assert len(symbols) == 8 * 2 * 2 + 8 * 2 * 2 * 8 * 2
+    binary = nvrtc((tmp_path / "all.cu").read_text(), arch)
+    for symbol in symbols:
+        assert symbol.encode() in binary
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_host_compiles_the_same_kernels(model: str, tmp_path: Path) -> None:
+    specs = {
+        spec_of(model, "cpu", direction, surrogate, reset, detach, dtype, steps=4, lanes=64)
+        for direction, surrogate, reset, detach, dtype in itertools.product(
+            ("forward", "backward"), SEED_SURROGATES, ("hard", "soft"), (True, False),
+            ("float32", "float16"),
+        )
+    }  # fmt: skip
+    host(render_specs(sorted(specs, key=lambda s: s.symbol)), tmp_path, "-O0")
+
+
+def sample(target: str, count: int) -> list[KernelSpec]:
+    """Kernels over all other options, drawn with a fixed seed."""
+    draw = random.Random(7)
+    found: dict[str, KernelSpec] = {}
+    while len(found) < count:
+        model = nj.neurons.by_name(draw.choice(MODELS))
+        direction = draw.choice(("forward", "backward"))
+        surrogate = draw.choice(
+            [s for s in vars(nj.surrogates).values() if isinstance(s, nj.Surrogate)]
+        )
+        smooth = surrogate.primitive is not None and draw.random() < 0.4
+        params, states, backward = [*model.params], [*model.state, "h"], direction == "backward"
+        spec = spec_of(
+            model, target, direction, surrogate(spiking=not smooth), draw.choice(("hard", "soft")),
+            draw.random() < 0.5, draw.choice(("float32", "float64", "float16", "bfloat16")),
+            per_neuron=tuple(p for p in params if draw.random() < 0.3),
+            learned=tuple(p for p in params if backward and draw.random() < 0.4),
+            sequences=tuple(n for n in ["s"] * backward + states if draw.random() < 0.5),
+            steps=(steps := draw.choice((4, 8, 16))),
+            lanes=64 if target == "cpu" else draw.choice((1, 2, 4)),
+            loads=1 if target == "cpu" else steps,
+            prefetch=target == "cuda" and draw.random() < 0.5,
+        )  # fmt: skip
+        found[spec.symbol] = spec
+    return list(found.values())
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nvrtc_compiles_a_sample_of_everything(arch: str) -> None:
+    nvrtc(render_specs(sample("cuda", 60)), arch)
+
+
+def test_the_host_compiles_a_sample_of_everything(tmp_path: Path) -> None:
+    host(render_specs(sample("cpu", 60)), tmp_path)
+
+
+def test_one_file_reads_alone(tmp_path: Path) -> None:
+    symbols = exported(
+        "some.cu", tmp_path, neurons=["lif"], surrogates=["ATan"], dtypes=["float32"]
+    )
+    text = (tmp_path / "some.cu").read_text()
+    assert text.count("struct half_t") == 1, "what kernels share is printed once"
+    contents = re.findall(r"^//   (\w+)$", text, re.M)
+    assert contents == symbols
+    for symbol in symbols:
+        assert text.count(f"ENTRY_({symbol},") == 1
+    assert "#include" not in text
+
+
+def test_filters(tmp_path: Path) -> None:
+    choices = {"neurons": [nj.neurons.QIF], "surrogates": [nj.surrogates.Erf], "resets": ["soft"]}
+    symbols = exported("a.cu", tmp_path, **choices, dtypes=["float64"], detach_resets=[True])
+    assert symbols == [
+        "qif_forward_float64_soft_k4_l1_r4",
+        "qif_backward_float64_soft_detached_Erf_seq_s_k4_l1_r4",
+    ]
+    only = exported("b.cu", tmp_path, neurons=["lif"], directions=["forward"], decay_inputs=[False])
+    assert all(symbol.startswith("lif_no_decay_forward") for symbol in only)
+    with pytest.raises(nj.SpecError, match=r"unknown neuron 'lfi'\. Known: .*lif"):
+        nj.save_cuda_codes(tmp_path / "c.cu", neurons=["lfi"])
+    with pytest.raises(nj.SpecError, match="no kernel"):
+        nj.save_cuda_codes(tmp_path / "c.cu", neurons=[])
+    assert not (tmp_path / "c.cu").exists()
+
+
+@needs_nvrtc
+def test_a_directory_gets_one_file_a_kernel(tmp_path: Path) -> None:
+    folder = tmp_path / "kernels"
+    symbols = exported(
+        "kernels", tmp_path, neurons=["plif"], surrogates=["Sigmoid"], resets=["hard"]
+    )
+    listed = json.loads((folder / "manifest.json").read_text())["kernels"]
+    assert [kernel["symbol"] for kernel in listed] == symbols
+    assert {path.name for path in folder.glob("*.cu")} == {kernel["file"] for kernel in listed}
+    nvrtc((folder / listed[-1]["file"]).read_text(), "sm_90")
+
+
+def test_render_is_what_a_call_compiles() -> None:
+    text = nj.render(nj.neurons.LIF, target="cpu", direction="forward", steps=4, neurons=64)
+    out = nj.multistep(nj.neurons.LIF, __import__("torch").zeros(4, 64), backend="cpu")
+    assert out.spikes.shape == (4, 64)
+    symbol = re.search(r"ENTRY_\((\w+),", text)
+    assert symbol
+    from neuronjit import cache
+
+    assert any(entry.source == text for entry in map(cache.load, cached_keys()) if entry)
+
+
+def cached_keys() -> list[str]:
+    import os
+
+    return [
+        path.name
+        for path in Path(os.environ["NEURONJIT_CACHE_DIR"]).rglob("*")
+        if len(path.name) == 64
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"target": "tpu"}, "unknown target 'tpu'. Known: cpu, cuda"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'. Known: bfloat16"),
+        ({"surrogate": "atn"}, "unknown surrogate 'atn'. Known: ATan"),
+        ({"reset": "warm"}, "unknown reset 'warm'. Known: hard"),
+        ({"colour": 1}, "unknown option"),
+    ],
+)
+def test_unknown_names(options: dict[str, object], words: str) -> None:
+    with pytest.raises(nj.SpecError) as caught:
+        nj.render("lif", **options)
+    assert words in str(caught.value)
