@@ -161,6 +161,33 @@ def test_whole_grid_in_eager_pytorch(model: str, dtype: torch.dtype) -> None:
         one_cell(model, reset, detach, oracle.Surrogate(surrogate), dtype, "cpu", backend="eager")
 
 
+KINKED = [
+    "PiecewiseLeakyReLU", "S2NN", "LeakyKReLU", "FakeNumericalGradient", "LogTailedReLU",
+    "PiecewiseQuadratic", "Rect", "SpikeRateEscape",
+]  # fmt: skip
+
+
+def at_kinks(name: str, device: str, backend: str | None = None) -> None:
+    """The slope exactly on every edge of a surrogate, on the numbers beside it, and far away."""
+    surrogate = oracle.Surrogate(name)
+    kinks = sorted({0.0, *surrogate.kinks()})
+    # h - theta for h = 1 + u is u itself where it is a small multiple of the spacing near 1
+    u = torch.tensor([k + d * 2.0**-20 for k in kinks for d in (-1, 0, 1)] + [-7.0, 7.0])
+    x = (1 + u)[None].requires_grad_()
+    check("IF", x, surrogate=surrogate, device=device, backend=backend, record=(), arriving=["s"])
+
+
+@pytest.mark.parametrize("name", oracle.SURROGATES)
+def test_kinks_in_eager_pytorch(name: str) -> None:
+    at_kinks(name, "cpu", "eager")
+
+
+@each_device
+@pytest.mark.parametrize("name", KINKED)
+def test_kinks(name: str, device: str) -> None:
+    at_kinks(name, device)
+
+
 @each_device
 @pytest.mark.parametrize(("reset", "detach"), [("hard", False), ("soft", True)], ids=row_id)
 @pytest.mark.parametrize("model", oracle.USER)

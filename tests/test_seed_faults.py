@@ -79,10 +79,10 @@ def test_plif_where_only_reciprocal_tau_requires_grad(decay_input: bool, device:
 def test_save_cuda_codes_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With no arguments: every kernel of the seed, contents first, each symbol once."""
     monkeypatch.chdir(tmp_path)
-    nj.save_cuda_codes()
+    symbols = nj.save_cuda_codes()
     text = Path("neuron_kernel_sample.cu").read_text()
-    symbols = re.findall(r"^ENTRY\((\w+)", text, re.MULTILINE)
     assert len(symbols) > 100 and len(symbols) == len(set(symbols))
+    assert all(re.search(rf"\b{symbol}\b", text) for symbol in symbols)
     contents = text[: text.index("#")]
     for name in ("if", "lif", "plif", "qif", "izhikevich", "eif", *oracle.SEED_SURROGATES):
         assert name in contents, f"{name} is missing from the list of contents"
