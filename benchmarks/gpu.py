@@ -68,8 +68,14 @@ def goals(run: Run) -> list[Goal]:
     long = dict(T=1000, N=16384)
     table = [
         ("forward kernels, fp32: share of the copy", share("forward", "fp32", **big), 1.10),
+        ("the same, final_state=False", share("forward, no last state", "fp32", **big), 1.10),
         ("backward kernels, fp32", share("backward", "fp32", **big), 1.10),
         ("forward kernels, fp16 and bf16", share("forward", "fp16", "bf16", **big), 1.05),
+        (
+            "the same, final_state=False",
+            share("forward, no last state", "fp16", "bf16", **big),
+            1.05,
+        ),
         ("backward kernels, fp16 and bf16", share("backward", "fp16", "bf16", **big), 1.05),
         ("forward kernel, T=1000 N=16384 fp32", share("forward", "fp32", **long), 0.70),
         ("backward kernel, T=1000 N=16384 fp32", share("backward", "fp32", **long), 0.55),

@@ -36,6 +36,7 @@ class Call:
     forward: Callable[[torch.Tensor], torch.Tensor]
     params: list[torch.Tensor] = field(default_factory=list)  # learnt beside the input
     exact: bool = True  # False: another surrogate, so only its spikes can be compared
+    stateless: Callable[[torch.Tensor], torch.Tensor] | None = None  # the same without a last state
 
 
 class Skip(Exception):
@@ -147,7 +148,10 @@ def neuronjit(work: Work, device: str, max_t: int) -> Call:
             return lambda x: nj.multistep(model, x, **values).spikes
         return lambda x: nj.multistep(model, x, reciprocal_tau=w.sigmoid(), **values).spikes
 
-    return _call(work, device, make)
+    call = _call(work, device, make)
+    if not call.params:
+        call.stateless = lambda x: nj.multistep(model, x, final_state=False, **values).spikes
+    return call
 
 
 def spikingjelly(work: Work, device: str, max_t: int) -> Call:

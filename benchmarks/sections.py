@@ -37,7 +37,9 @@ def kernels(run: Run, grid: Grid) -> None:
                 copies[size][kind] = speed = 2 * size / row["us"] / 1e3
                 run.add("kernels", kind, work, "copy", **row, GBps=speed)
         for name, call in run.build(names, work).items():
-            for mode, make, moved in ("forward", _forwards, 2), ("backward", _backwards, 3):
+            modes = [("forward", _forwards, 2), ("backward", _backwards, 3)]
+            modes += [("forward, no last state", _stateless, 2)] if call.stateless else []
+            for mode, make, moved in modes:
                 what, prepare = f"{name}, {mode} of {work}", partial(make, call, xs, gs)
                 with run.attempt(what), torch.set_grad_enabled(mode == "backward"):
                     if run.device == "cuda":
@@ -51,6 +53,10 @@ def kernels(run: Run, grid: Grid) -> None:
 
 def _forwards(call: Call, xs: list, gs: list) -> list[Callable]:
     return [partial(call.forward, x) for x in xs]
+
+
+def _stateless(call: Call, xs: list, gs: list) -> list[Callable]:
+    return [partial(call.stateless, x) for x in xs]
 
 
 def _backwards(call: Call, xs: list, gs: list) -> list[Callable]:

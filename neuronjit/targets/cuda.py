@@ -186,6 +186,5 @@ def shape(
     lanes = 1
     while lanes < widest and aligned and n % (lanes * 2) == 0 and n // (lanes * 2) >= 132 * 512:
         lanes *= 2
-    few = n // lanes < 132 * 1024
-    loads = k if few or direction == "backward" else min(k, 8)
-    return Shape(k, lanes, loads, few and steps > k)
+    few, forward = n // lanes < 132 * 1024, direction == "forward"
+    return Shape(k, lanes, min(k, 8) if forward and not few else k, steps > k and (few or forward))
