@@ -143,7 +143,7 @@ def child_lookup(device: str, model: str) -> dict[str, Any]:
         parts, plan = next(iter(front._plans.items()))
 
         def find_plan() -> Any:  # as every call does: describe the tensor, make the key, look it up
-            front._signature(x)
+            front.signature(x)
             return front._plans.get((*parts,))
 
         assert find_plan() is plan
@@ -204,6 +204,11 @@ def middle(rows: list[dict[str, Any]], key: str) -> float:
     return round(statistics.median(row[key] for row in rows), 3)
 
 
+def fastest(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Compiling keeps a core busy: whatever else runs only adds to it."""
+    return {key: round(min(row[key] for row in rows), 3) for key in ("forward_s", "backward_s")}
+
+
 def measure(device: str, rounds: int) -> dict[str, Any]:
     """All figures of a device."""
     with tempfile.TemporaryDirectory() as base:
@@ -212,7 +217,7 @@ def measure(device: str, rounds: int) -> dict[str, Any]:
             rows = [child("first", device, f"{base}/{model}{i}", model) for i in range(3)]
             if any(row["compiled"] != 2 for row in rows):
                 raise SystemExit(f"a cold cache was not cold: {rows}")
-            cold[model] = {key: middle(rows, key) for key in ("forward_s", "backward_s")}
+            cold[model] = fastest(rows)
         warm_dir = f"{base}/lif0"
         child("first", device, warm_dir)
         bare, warm = [], []
@@ -245,7 +250,7 @@ def measure_nvrtc() -> dict[str, Any]:
         cold = {}
         for model in MODELS:
             rows = [child("compile", "cuda", f"{base}/{model}{i}", model) for i in range(3)]
-            cold[model] = {key: middle(rows, key) for key in ("forward_s", "backward_s")}
+            cold[model] = fastest(rows)
         worst = max(max(took.values()) for took in cold.values())
         return {"machine": machine("cpu"), "cold": cold, "cold_s": worst}
 
@@ -303,7 +308,8 @@ def page(results: dict[str, Any]) -> str:
             ]
             parts = sorted(found["stages_ms"].items(), key=lambda part: -part[1])
             lines += [f"| {name} | {ms:.2f} |" for name, ms in parts]
-        lines += ["", "| cold kernel (T = 16) | forward s | backward s |", "| --- | --- | --- |"]
+        lines += ["", "| cold, fastest of 3 (T = 16) | forward s | backward s |"]
+        lines.append("| --- | --- | --- |")
         for model, took in found["cold"].items():
             lines.append(f"| {model} | {took['forward_s']:.2f} | {took['backward_s']:.2f} |")
         lines.append("")
