@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -78,6 +79,11 @@ class NeuronModel:
             self.strict, self.positive,
         )  # fmt: skip
         self._hash = hash(self._identity)
+        described = ("name", "equations", "state", "params", "strict")
+        # what a compiled graph holds of the model: a constant, readable in any other process
+        self.token = json.dumps(
+            {k: getattr(self, k) for k in described} | {"positive": sorted(self.positive)}
+        )
 
     def __eq__(self, other: object) -> bool:
         same = isinstance(other, NeuronModel) and self._identity == other._identity

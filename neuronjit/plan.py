@@ -1,4 +1,4 @@
-"""A plan: all of a call but its tensors, checked once, so that a warm call allocates and launches."""
+"""A plan: all of a call but its tensors, checked once: a warm call allocates and launches."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class _Launch(NamedTuple):
 class Plan:
     """How to run one model on sequences of one shape, dtype, layout and device.
 
-    `given` has the states and parameters that are tensors, in the order in which tensors come later;
-    `numbers` has all others.
+    `given` has the states and parameters that are tensors, in the order in which tensors come
+    later; `numbers` has all others.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Plan:
     def forward(
         self, x: Tensor, tensors: Sequence[Tensor], save: bool
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Spikes, last states and recorded sequences; and backward's checkpoints, if it needs any."""
+        """Spikes, last states, recorded sequences; and backward's checkpoints, if it needs any."""
         spikes = torch.empty_like(x)
         lasts = [self._empty_state() for _ in self.final]
         records = [torch.empty_like(x) for _ in self.record]
@@ -103,7 +103,7 @@ class Plan:
         launch = self._launches.get(aligned) or self._load(aligned, "forward", self.record, ())
         checkpoints = None
         if save and self.steps > launch.spacing:
-            size = ((self.steps - 1) // launch.spacing, len(self.states), self.n)
+            size = (self.steps - 1) // launch.spacing * len(self.states) * self.n
             checkpoints = torch.empty(size, dtype=self.real, device=self.device)
         packed = launch.pack(*pointers, _pointer(checkpoints), 0, *inputs, *self._forward_tail)
         launch.run(packed, self.n, self.steps)
@@ -118,7 +118,7 @@ class Plan:
         grads: Sequence[Tensor | None],
         wanted: tuple[bool, ...],
     ) -> list[Tensor | None]:
-        """Gradients of x and of each tensor, as far as `wanted`; `grads` are those of the outputs."""
+        """Gradients of x and of each tensor, as far as `wanted`; `grads` are the outputs'."""
         sequences, learned, summed = self._arriving(tuple([g is not None for g in grads]), wanted)
         strides, last = x.stride(), 1 + len(self.final)
         arrived = [

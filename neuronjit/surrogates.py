@@ -6,6 +6,7 @@ same surrogate with other numbers, `ATan(alpha=3.0)`; as kernel arguments, they 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from functools import cached_property
@@ -55,6 +56,7 @@ class Surrogate:
         self.form = self
         self._identity = (name, derivative, primitive, tuple(self.params))
         self._hash = hash(self._identity)
+        self.token = json.dumps(self._identity)  # as a model's; numbers are no part of it
         self._set(params or {}, spiking)
 
     def _set(self, params: Mapping[str, Any], spiking: bool) -> None:

@@ -169,7 +169,8 @@ def test_choices_cover_what_calls_look_up(monkeypatch, target, name, dtype):
 
     monkeypatch.setattr(engine, "load_kernel", look_up)
     front = importlib.import_module("neuronjit.multistep")
-    monkeypatch.setattr(front, "_target", lambda *_: target)
+    calls = importlib.import_module("neuronjit.calls")
+    monkeypatch.setattr(calls, "choose_target", lambda *_: target)
     monkeypatch.setattr(front, "_plans", {})
     model, erf = nj.neurons.by_name(name), nj.surrogates.by_name("erf")
     params = {}
