@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import checks, reference
@@ -27,7 +28,9 @@ class Output(NamedTuple):
 
 def signature(tensor: Tensor) -> tuple[Any, ...]:
     """All of a tensor that a plan depends on."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_neg()
+    return (
+        type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_neg(),
+    )  # fmt: skip
 
 
 def split(values: Mapping[str, Any], tensors: list[Tensor]) -> tuple[Any, ...]:
@@ -59,6 +62,8 @@ def plan_for(
     params: dict[str, Any],
 ) -> tuple[Any, ...]:
     """The plan and its tensors, everything checked; or the arguments of `run_eager`."""
+    if torch._C._get_tracing_state():
+        raise BackendError("torch.jit.trace sees no kernel; use torch.export or torch.compile")
     model = as_model(model)
     checks.check_input(x)
     checks.check_names(model, reset, state, params)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
-from .errors import InputTypeError, SpecError, known
+from .errors import DifferentiationError, InputTypeError, SpecError, known
 from .neurons import NeuronModel
 
 DTYPES = {
@@ -29,6 +31,7 @@ def check_input(x: Any) -> None:
     """Whether x can be an input sequence. Raises InputTypeError, SpecError."""
     if not isinstance(x, Tensor):
         raise InputTypeError(f"x_seq must be a torch.Tensor, got {type(x).__name__}")
+    check_class("x_seq", x)
     if x.dtype not in DTYPES:
         raise InputTypeError(
             f"x_seq must be floating point, one of {', '.join(DTYPES.values())}, got {x.dtype};"
@@ -39,6 +42,29 @@ def check_input(x: Any) -> None:
         raise InputTypeError(f"x_seq must be a dense tensor, got {layout}; use .to_dense()")
     if not x.dim():
         raise SpecError("x_seq needs a time dimension: [T, N, *], got a 0-dim tensor")
+
+
+def is_traced(*values: Any) -> bool:
+    """Whether one is a tensor without numbers of its own: FakeTensor, FunctionalTensor, ..."""
+    plain = Tensor.__torch_dispatch__
+    return any(isinstance(v, Tensor) and type(v).__torch_dispatch__ is not plain for v in values)
+
+
+def check_class(label: str, value: Tensor) -> None:
+    """Whether a tensor is no subclass with a meaning of its own, which kernels would ignore."""
+    if type(value) is not Tensor and not isinstance(value, Parameter) and not is_traced(value):
+        raise InputTypeError(
+            f"{label} must be a plain torch.Tensor, got {type(value).__name__};"
+            f" use {label}.as_subclass(torch.Tensor)"
+        )
+
+
+def check_no_tangents(*tensors: Tensor) -> None:
+    """Whether no derivative goes forward through the call: kernels would drop it silently."""
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise DifferentiationError(
+            "the kernels have no forward-mode derivative (jvp); use backend='eager'"
+        )
 
 
 def check_names(model: NeuronModel, reset: Any, state: Any, params: Mapping[str, Any]) -> None:
@@ -65,6 +91,8 @@ def check_names(model: NeuronModel, reset: Any, state: Any, params: Mapping[str,
 
 def check_record(model: NeuronModel, record: Any) -> tuple[str, ...]:
     """The names to record, in one order."""
+    if not isinstance(record, str | Iterable):
+        raise InputTypeError(f"record must be names, got {type(record).__name__}")
     record = (record,) if isinstance(record, str) else tuple(record)
     for name in record:
         if name != "h" and name not in model.state:
@@ -103,6 +131,7 @@ def check_tensor(model: NeuronModel, name: str, value: Tensor, x: Tensor) -> Non
     """Whether a tensor can be an initial state or a parameter for x. Raises what says why not."""
     is_state = name in model.state
     label = f"{name}_init" if is_state else name
+    check_class(label, value)
     if value.layout != torch.strided:
         raise InputTypeError(f"{label} must be a dense tensor, got {value.layout}")
     if not value.dtype.is_floating_point:

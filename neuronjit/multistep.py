@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from . import checks
 from .calls import Output, eager_arguments, plan_for, run_eager, signature, split, warn_once
-from .errors import BackendError, DifferentiationError
+from .errors import BackendError, DifferentiationError, NeuronJitError
 from .neurons import NeuronModel
 from .plan import Plan
 from .surrogates import ATan, Surrogate, as_surrogate
@@ -66,9 +68,7 @@ def multistep(
         BackendError, CompileError, MissingKernelError: no kernel can be had.
     """
     if is_compiling():
-        from . import compiled  # registers operators: eager calls need none
-
-        return compiled.multistep(
+        return _by_operators(
             model, x_seq, state, surrogate, reset, detach_reset, record, final_state, backend,
             params,
         )  # fmt: skip
@@ -85,6 +85,11 @@ def multistep(
     except (TypeError, AttributeError, RuntimeError):  # no tensor, or nothing to look up: see below
         key, plan = None, None
     if plan is None:
+        if checks.is_traced(x_seq, *tensors):  # FakeTensor and its like: shapes without numbers
+            return _by_operators(
+                model, x_seq, state, surrogate, reset, detach_reset, record, final_state, forced,
+                params,
+            )  # fmt: skip
         ready = plan_for(
             model, x_seq, state, surrogate, reset, detach_reset, record, final_state, forced, params
         )
@@ -102,6 +107,8 @@ def multistep(
             raise
         warn_once(f"neuronjit runs in eager PyTorch, which is slow: {error}")
         return run_eager(*eager_arguments(plan, x_seq, tensors))
+    except RuntimeError as error:
+        _explain(error)
     last = 1 + len(plan.final)
     return Output(
         outputs[0],
@@ -110,7 +117,25 @@ def multistep(
     )
 
 
+def _by_operators(*arguments: Any) -> Output:
+    from . import compiled  # registers operators: eager calls need none
+
+    return compiled.multistep(*arguments)
+
+
+def _explain(error: RuntimeError) -> NoReturn:
+    """Raise what stopped a kernel; in our words where it was a transform of torch.func."""
+    if isinstance(error, NeuronJitError) or not torch._C._are_functorch_transforms_active():
+        raise error
+    raise DifferentiationError(
+        "the kernels have no rules for torch.func (vmap, grad, jvp, ...) and batched gradients;"
+        f" use backend='eager', or torch.autograd.grad ({str(error)[:80]})"
+    ) from None
+
+
 def _run(plan: Plan, x: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    if forward_ad._current_level >= 0:
+        checks.check_no_tangents(x, *tensors)
     x, tensors = plan.prepare(x, tensors)
     if torch.is_grad_enabled() and (
         x.requires_grad or any([t.requires_grad for t in tensors])  # noqa: C419 a list is faster
@@ -136,7 +161,10 @@ class _Multistep(torch.autograd.Function):
         wanted = ctx.needs_input_grad[1:]
         if all(grad is None for grad in grads):
             return (None, *(None for _ in wanted))
-        results = ctx.plan.backward(x, checkpoints, tensors, grads, wanted)
+        try:
+            results = ctx.plan.backward(x, checkpoints, tensors, grads, wanted)
+        except RuntimeError as error:
+            _explain(error)
         if torch.is_grad_enabled():  # create_graph: an error only if somebody differentiates again
             arrived = [grad for grad in grads if grad is not None]
             results = [r if r is None else _Once.apply(r, x, *arrived, *tensors) for r in results]  # type: ignore[no-untyped-call]

@@ -98,13 +98,17 @@ def _checkpoints(x: Tensor, states: int, save: bool) -> Tensor:
     """Zeros of the checkpoints' size, as `Plan.forward` makes them.
 
     The number of steps between them depends on T only while one piece holds all steps, so the
-    size is one formula whatever T, which may be a symbol here.
+    size is one formula whatever T, which may be a symbol here. Two more, because graphs are made
+    anew where a size becomes 0 or 1.
     """
-    size = x.shape[0] - 1 if save and x.shape[0] > 1 else 0
+    real = checks.arithmetic(x.dtype)
+    if not save:
+        return x.new_empty(0, dtype=real)
+    size = x.shape[0] - 1 if x.shape[0] > 1 else 0
     size = size // steps_between_checkpoints(sys.maxsize, states) * states
     for neurons in x.shape[1:]:
         size = size * neurons
-    return x.new_zeros(size, dtype=checks.arithmetic(x.dtype))
+    return x.new_zeros(size + 2, dtype=real)
 
 
 def _state_like(x: Tensor) -> Tensor:
@@ -150,6 +154,8 @@ def _forward(
                 outputs = _promised(x, outputs, finals)
             if checkpoints is None:
                 checkpoints = _checkpoints(x, states, save)
+            else:
+                checkpoints[-2:] = 0  # nothing random in a graph
             return [*outputs, checkpoints]
     out = run_eager(*found)
     outputs = [out.spikes, *out.state.values(), *[out.record[n] for n in own.record]]
@@ -182,7 +188,7 @@ def _backward(
     results: Sequence[Tensor | None] | None = None
     if isinstance(found[0], Plan):
         plan = found[0]
-        held = checkpoints if len(checkpoints) else None
+        held = checkpoints if len(checkpoints) > 2 else None
         ready, others = plan.prepare(x, tensors)
         try:
             results = plan.backward(ready, held, others, grads, tuple(wanted))

@@ -98,12 +98,15 @@ class Plan:
         records = [torch.empty_like(x) for _ in self.record]
         inputs, alive = self._inputs(tensors)
         pointers = [x.data_ptr(), spikes.data_ptr(), *[t.data_ptr() for t in records]]
+        if not pointers[1]:
+            raise RuntimeError("these tensors have no memory of their own (torch.func, a mode)")
         pointers += [t.data_ptr() for t in lasts] if lasts else self._no_states
         aligned = not reduce(or_, (*pointers, *inputs)) & 15
         launch = self._launches.get(aligned) or self._load(aligned, "forward", self.record, ())
         checkpoints = None
         if save and self.steps > launch.spacing:
-            size = (self.steps - 1) // launch.spacing * len(self.states) * self.n
+            # [count, states, n], and two more: see `operators`, where a graph holds it for any T
+            size = (self.steps - 1) // launch.spacing * len(self.states) * self.n + 2
             checkpoints = torch.empty(size, dtype=self.real, device=self.device)
         packed = launch.pack(*pointers, _pointer(checkpoints), 0, *inputs, *self._forward_tail)
         launch.run(packed, self.n, self.steps)

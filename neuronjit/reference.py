@@ -14,19 +14,33 @@ from .surrogates import Surrogate
 
 
 class _Spike(torch.autograd.Function):
-    """The Heaviside step forward, the surrogate's slope backward (itself differentiable)."""
+    """The Heaviside step forward, the surrogate's slope for all derivatives of any order."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, theta: Tensor, strict: bool, surrogate: Surrogate) -> Tensor:
-        ctx.surrogate = surrogate
-        ctx.save_for_backward(h, theta)
+    def forward(h: Tensor, theta: Tensor, strict: bool, surrogate: Surrogate) -> Tensor:
         return ((h > theta) if strict else (h >= theta)).to(h.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        h, theta, _, ctx.surrogate = inputs
+        ctx.save_for_backward(h, theta)
+        ctx.save_for_forward(h, theta)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         h, theta = ctx.saved_tensors
         slope = grad * _surrogate(ctx.surrogate, ctx.surrogate.derivative_tree, h - theta)
         return slope.sum_to_size(h.shape), -slope.sum_to_size(theta.shape), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, h_tangent: Any, theta_tangent: Any, *_: Any) -> Any:
+        h, theta = ctx.saved_tensors
+        slope = _surrogate(ctx.surrogate, ctx.surrogate.derivative_tree, h - theta)
+        moved = h_tangent if theta_tangent is None else h_tangent - theta_tangent
+        moved = h_tangent if theta_tangent is None else h_tangent - theta_tangent
+        return slope * moved
 
 
 def _surrogate(surrogate: Surrogate, tree: Any, u: Tensor) -> Tensor:
