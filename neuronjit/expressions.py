@@ -6,6 +6,7 @@ A text becomes a tree of `Node`s; everything else in the library sees only the t
 from __future__ import annotations
 
 import ast
+import keyword
 import math
 import operator
 import re
@@ -49,8 +50,10 @@ _CPP_WORDS = {
     "reinterpret_cast", "requires", "return", "short", "signed", "sizeof", "static",
     "static_assert", "static_cast", "struct", "switch", "template", "this", "thread_local", "throw",
     "true", "try", "typedef", "typeid", "typename", "union", "unsigned", "using", "virtual", "void",
-    "volatile", "wchar_t", "while", "xor", "xor_eq",
+    "volatile", "wchar_t", "while", "xor", "xor_eq", "NULL", "NAN", "INFINITY",
 }  # fmt: skip
+# no text reaches a source, a comment neither; but what looks like one is surely no equation
+_DIRECTIVE = re.compile(r"#\s*(?:include|define|undef|pragma)\b|#(?:if|elif|else|endif|line|error)")
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,8 @@ def check_name(identifier: object, what: str) -> str:
         )
     if identifier in _CPP_WORDS:
         raise EquationError(f"{what} '{identifier}' is a word of C++; choose another name")
+    if keyword.iskeyword(identifier):
+        raise EquationError(f"{what} '{identifier}' is a word of Python; choose another name")
     if identifier in FUNCTIONS or identifier in CONSTANTS:
         raise EquationError(
             f"{what} '{identifier}' is already a function or constant of the equations"
@@ -164,6 +169,8 @@ def parse_block(text: str, readable: Iterable[str]) -> tuple[Statement, ...]:
 def parse_expression(text: str, readable: Iterable[str]) -> Node:
     """Parse one expression that may read the names in `readable`. Raises EquationError."""
     text = _checked_text(text).strip()
+    if not text:
+        raise EquationError("an expression is empty; write one such as 'where(u < 0, 0, 1)'")
     return _convert(text, _parse(text, "eval").body, set(readable))
 
 
@@ -188,6 +195,9 @@ def _checked_text(text: object) -> str:
     if odd := _NOT_TEXT.search(text):
         line = text.count("\n", 0, odd.start()) + 1
         raise EquationError(f"line {line}: {_quote(odd[0])}: equations are plain ASCII text")
+    if odd := _DIRECTIVE.search(text):
+        line = text.count("\n", 0, odd.start()) + 1
+        raise EquationError(f"line {line}: {_quote(odd[0])}: not a comment of equations")
     return text
 
 

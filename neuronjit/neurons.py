@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -85,6 +85,11 @@ class NeuronModel:
             {k: getattr(self, k) for k in described} | {"positive": sorted(self.positive)}
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its text, for hashes of text differ between processes."""
+        chosen = (self.name, self.equations, self.state, self.params, self.strict, self.positive)
+        return _unpickle, chosen
+
     def __eq__(self, other: object) -> bool:
         same = isinstance(other, NeuronModel) and self._identity == other._identity
         return self is other or same
@@ -94,6 +99,14 @@ class NeuronModel:
 
     def __repr__(self) -> str:
         return f"NeuronModel('{self.name}', state={self.state}, params={self.params})"
+
+
+def _unpickle(
+    name: str, equations: str, state: Any, params: Any, strict: bool, positive: Any
+) -> NeuronModel:
+    return NeuronModel(
+        name, equations, state=state, params=params, strict=strict, positive=positive
+    )
 
 
 @dataclass(frozen=True)
@@ -146,8 +159,8 @@ def program(model: NeuronModel, reset: str, detach_reset: bool) -> Program:
 def _number(key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputTypeError(f"{key}: a default must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise SpecError(f"{key}: a default must be finite, got {value}")
+    if not abs(value) <= sys.float_info.max:  # an int may be too large to be a float
+        raise SpecError(f"{key}: a default must be finite, got {ascii(value)[:80]}")
     return float(value)
 
 

@@ -66,6 +66,8 @@ class Surrogate:
                 raise SpecError(f"{this} has no parameter '{key}'. {known(self.params)}")
             try:
                 number = float(value)
+            except OverflowError:
+                raise SpecError(f"{this}: {key} must be finite") from None
             except (TypeError, ValueError):
                 reason = f"{this}: {key} must be a number, got {value!r:.80}"
                 raise InputTypeError(reason) from None
@@ -92,6 +94,11 @@ class Surrogate:
             raise SpecError(f"surrogate '{self.name}' has no primitive")
         return derivative(self.primitive_tree, "u")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its text, for hashes of text differ between processes."""
+        form = self.name, self.derivative, self.primitive, self.form.params
+        return _unpickle, (form, self.params, self.spiking)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Surrogate):
             return False
@@ -104,6 +111,10 @@ class Surrogate:
     def __repr__(self) -> str:
         numbers = "".join(f"{k}={v:g}, " for k, v in self.params.items())
         return f"{self.name}({numbers}spiking={self.spiking})"
+
+
+def _unpickle(form: tuple[Any, ...], params: dict[str, float], spiking: bool) -> Surrogate:
+    return Surrogate(*form)(spiking=spiking, **params)
 
 
 def _sigmoid_like(alpha: str) -> str:

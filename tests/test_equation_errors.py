@@ -350,8 +350,7 @@ def test_hostile_names(name: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        'h = v + x\n#include "/etc/passwd"',
-        "h = v + x  # */ } { #include </etc/passwd> {{7*7}}",
+        "h = v + x  # */ } { passwd {{7*7}}",
         "h = v + \\\n    x  # passwd ??/",
     ],
 )
@@ -360,6 +359,22 @@ def test_comments_and_line_breaks_leave_no_trace(text: str) -> None:
     plain = nj.render(model("h = v + x"), target="cpu")
     assert nj.render(model(text), target="cpu") == plain
     assert "passwd" not in plain
+
+
+@pytest.mark.usefixtures("nothing_is_run")
+@pytest.mark.parametrize(
+    "text",
+    [
+        'h = v + x\n#include "/etc/passwd"',
+        "h = v + x  # */ } { #include </etc/passwd>",
+        "#define h 1\nh = v + x",
+        "# pragma once\nh = v + x",
+        'h = v + x\n#line 1 "x"',
+    ],
+)
+def test_directives_of_the_preprocessor_are_refused(text: str) -> None:
+    """Even in a Python comment, which nothing of the source would hold."""
+    refused(lambda: model(text))
 
 
 @pytest.mark.usefixtures("nothing_is_run")

@@ -31,7 +31,7 @@ def debug(line: str, source: str = "", suffix: str = "") -> None:
 
 def first_lines(log: str, most: int = 40) -> str:
     """A compiler's words, short enough for an error."""
-    lines = log.strip().splitlines()
+    lines = [line[:500] for line in log[:100_000].strip().splitlines()]
     more = [f"... {len(lines) - most} more lines"] if len(lines) > most else []
     return "\n".join(lines[:most] + more)
 
