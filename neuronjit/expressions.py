@@ -170,7 +170,7 @@ def parse_expression(text: str, readable: Iterable[str]) -> Node:
     """Parse one expression that may read the names in `readable`. Raises EquationError."""
     text = _checked_text(text).strip()
     if not text:
-        raise EquationError("an expression is empty; write one such as 'where(u < 0, 0, 1)'")
+        raise EquationError("line 1: an empty expression; write one, such as 'where(u < 0, 0, 1)'")
     return _convert(text, _parse(text, "eval").body, set(readable))
 
 
