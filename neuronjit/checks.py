@@ -106,6 +106,8 @@ def check_number(model: NeuronModel, name: str, value: Any, dtype: torch.dtype) 
         if isinstance(value, bool | str | bytes):
             raise TypeError
         number = float(value)
+    except OverflowError:
+        number = float("inf")  # an int too large to be a float
     except (TypeError, ValueError):
         raise InputTypeError(
             f"{name} must be a number or a tensor, got {type(value).__name__}"

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 Strides = tuple[int, ...]
@@ -69,10 +68,3 @@ def repeat(param: Sequence[int], shape: Sequence[int], strides: Sequence[int]) -
     if not all(strides[a] == strides[b] * shape[b] for a, b in pairwise(own)):
         return Repeat(1, math.prod(shape), None)
     return Repeat(strides[own[-1]], math.prod(padded), tuple(order))
-
-
-def empty(
-    shape: Sequence[int], strides: Strides, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """An uninitialised tensor of this layout."""
-    return torch.empty_strided(tuple(shape), strides, dtype=dtype, device=device)

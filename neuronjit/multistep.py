@@ -105,7 +105,8 @@ def multistep(
     except BackendError as error:
         if forced != "auto":
             raise
-        warn_once(f"neuronjit runs in eager PyTorch, which is slow: {error}")
+        why = str(error).partition("\n")[0]  # the rest names the kernel: one warning for all
+        warn_once(f"neuronjit runs in eager PyTorch, which is slow: {why}")
         return run_eager(*eager_arguments(plan, x_seq, tensors))
     except RuntimeError as error:
         _explain(error)
@@ -125,7 +126,7 @@ def _by_operators(*arguments: Any) -> Output:
 
 def _explain(error: RuntimeError) -> NoReturn:
     """Raise what stopped a kernel; in our words where it was a transform of torch.func."""
-    if isinstance(error, NeuronJitError) or not torch._C._are_functorch_transforms_active():
+    if isinstance(error, NeuronJitError) or not _transformed():
         raise error
     raise DifferentiationError(
         "the kernels have no rules for torch.func (vmap, grad, jvp, ...) and batched gradients;"
@@ -140,7 +141,9 @@ def _run(plan: Plan, x: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     if torch.is_grad_enabled() and (
         x.requires_grad or any([t.requires_grad for t in tensors])  # noqa: C419 a list is faster
     ):
-        return _Multistep.apply(plan, x, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+        if _transformed():  # torch.func refuses, and says so
+            return _Multistep.apply(plan, x, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+        return _apply(plan, x, *tensors)  # type: ignore[no-any-return]
     return plan.forward(x, tensors, save=False)[0]
 
 
@@ -169,6 +172,11 @@ class _Multistep(torch.autograd.Function):
             arrived = [grad for grad in grads if grad is not None]
             results = [r if r is None else _Once.apply(r, x, *arrived, *tensors) for r in results]  # type: ignore[no-untyped-call]
         return (None, *results)
+
+
+# what Function.apply comes to outside of torch.func, without its two microseconds of preparation
+_apply: Any = super(torch.autograd.Function, _Multistep).apply
+_transformed: Any = torch._C._are_functorch_transforms_active
 
 
 class _Once(torch.autograd.Function):

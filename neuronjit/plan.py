@@ -72,7 +72,7 @@ class Plan:
             or (name in model.state and t.stride() != self.strides)
             for name, t in given.items()
         )
-        self._no_states = [0] * len(self.states)
+        self._no_states, self._no_inputs = [0] * len(self.states), [0] * len(self.position)
         self._launches: dict[Any, _Launch] = {}
         self._arrivals: dict[Any, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {}
 
@@ -134,11 +134,10 @@ class Plan:
             for g in grads[1:last]
         ]
         x_grad = torch.empty_like(x) if wanted[0] else None
-        own = {
-            name: self._empty_state()
-            for name, want in zip(self.given, wanted[1:], strict=True)
-            if want and name not in summed
-        }
+        own: dict[str, Tensor] = {}
+        for name, want in zip(self.given, wanted[1:], strict=True):
+            if want and name not in summed:
+                own[name] = self._empty_state()
         inputs, alive = self._inputs(tensors)
         pointers = [x.data_ptr(), _pointer(x_grad), *[g.data_ptr() for g in arrived]]
         pointers += [_pointer(g) for g in ends] if ends else self._no_states
@@ -155,6 +154,8 @@ class Plan:
         packed = launch.pack(*pointers, _pointer(partials), *inputs, *self._backward_tail)
         launch.run(packed, self.n, self.steps)
         del alive
+        if not self.given:
+            return [x_grad]
         results: list[Tensor | None] = [x_grad]
         totals = {} if partials is None else dict(zip(summed, partials.sum(1), strict=True))
         for name, tensor in zip(self.given, tensors, strict=True):
@@ -180,8 +181,10 @@ class Plan:
 
     def _inputs(self, tensors: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
         """Pointers to all states and parameters, 0 for numbers; and what must stay alive."""
-        pointers: list[int] = [0] * len(self.position)
         alive: list[Tensor] = []
+        if not self.given:
+            return self._no_inputs, alive
+        pointers = self._no_inputs.copy()
         for name, tensor in zip(self.given, tensors, strict=True):
             if name in self.repeats:
                 tensor = self.repeats[name].elements(tensor.detach(), self.shape, self.strides)
@@ -190,7 +193,7 @@ class Plan:
         return pointers, alive
 
     def _empty_state(self) -> Tensor:
-        return layout.empty(self.shape, self.strides, self.real, self.device)
+        return torch.empty_strided(self.shape, self.strides, dtype=self.real, device=self.device)
 
     def _load(
         self, key: Any, direction: str, sequences: tuple[str, ...], learned: tuple[str, ...]
