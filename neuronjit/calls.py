@@ -141,6 +141,12 @@ def run_eager(*arguments: Any) -> Output:
 _warned: set[str] = set()
 
 
+def warn_slow(error: Exception) -> None:
+    """One warning for all kernels that cannot be had for the same reason."""
+    why = str(error).partition("\n")[0]  # the rest names the kernel
+    warn_once(f"neuronjit runs in eager PyTorch, which is slow: {why}")
+
+
 def warn_once(message: str) -> None:
     """Warn, unless the same was said before."""
     if message not in _warned:

@@ -69,7 +69,7 @@ def build(spec: KernelSpec, arch: str) -> cache.Entry:
         entry = (cache.load(key) if key else None) or _find(spec, arch)
         if entry is None:
             missing = MissingKernelError if no_compile() else BackendError
-            raise missing(f"{lacking} {_missing(spec, arch)}")
+            raise missing(f"{lacking}\n{_missing(spec, arch)}")
     with _lock:
         _counts["compiled" if compiled else "loaded"] += 1
     return entry

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import checks
-from .calls import Output, eager_arguments, plan_for, run_eager, signature, split, warn_once
+from .calls import Output, eager_arguments, plan_for, run_eager, signature, split, warn_slow
 from .errors import BackendError, DifferentiationError, NeuronJitError
 from .neurons import NeuronModel
 from .plan import Plan
@@ -105,11 +105,10 @@ def multistep(
     except BackendError as error:
         if forced != "auto":
             raise
-        why = str(error).partition("\n")[0]  # the rest names the kernel: one warning for all
-        warn_once(f"neuronjit runs in eager PyTorch, which is slow: {why}")
+        warn_slow(error)
         return run_eager(*eager_arguments(plan, x_seq, tensors))
     except RuntimeError as error:
-        _explain(error)
+        _explain(error, x_seq, *tensors)
     last = 1 + len(plan.final)
     return Output(
         outputs[0],
@@ -124,9 +123,13 @@ def _by_operators(*arguments: Any) -> Output:
     return compiled.multistep(*arguments)
 
 
-def _explain(error: RuntimeError) -> NoReturn:
+def _explain(error: RuntimeError, *tensors: Tensor) -> NoReturn:
     """Raise what stopped a kernel; in our words where it was a transform of torch.func."""
-    if isinstance(error, NeuronJitError) or not _transformed():
+    functorch = torch._C._functorch
+    if isinstance(error, NeuronJitError) or not (
+        torch._C._are_functorch_transforms_active()
+        or any(functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+    ):
         raise error
     raise DifferentiationError(
         "the kernels have no rules for torch.func (vmap, grad, jvp, ...) and batched gradients;"
@@ -167,7 +170,7 @@ class _Multistep(torch.autograd.Function):
         try:
             results = ctx.plan.backward(x, checkpoints, tensors, grads, wanted)
         except RuntimeError as error:
-            _explain(error)
+            _explain(error, *[grad for grad in grads if grad is not None])
         if torch.is_grad_enabled():  # create_graph: an error only if somebody differentiates again
             arrived = [grad for grad in grads if grad is not None]
             results = [r if r is None else _Once.apply(r, x, *arrived, *tensors) for r in results]  # type: ignore[no-untyped-call]

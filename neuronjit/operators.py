@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .calls import choose_target, eager_arguments, plan_for, run_eager, signature, warn_once
+from .calls import choose_target, eager_arguments, plan_for, run_eager, signature, warn_slow
 from .errors import BackendError, DifferentiationError, SpecError
 from .neurons import NeuronModel
 from .plan import Plan
@@ -147,7 +147,7 @@ def _forward(
         except BackendError as error:
             if _backend(own) != "auto":
                 raise
-            warn_once(f"neuronjit runs in eager PyTorch, which is slow: {error}")
+            warn_slow(error)
             found = eager_arguments(plan, x, tensors)
         else:
             if plan.copies:
@@ -227,7 +227,9 @@ def _differentiate(
 ) -> list[Tensor | None]:
     """Backward in eager PyTorch, where no kernel serves."""
     model, _, values, *rest = found
-    with torch.enable_grad():
+    # operators run below autograd, which is to come back for the reference's own operations
+    autograd = torch._C.DispatchKey.AutogradFunctionality
+    with torch._C._SetExcludeDispatchKeyGuard(autograd, False), torch.enable_grad():
         leaves = [t.detach().requires_grad_(w) for t, w in zip((x, *tensors), wanted, strict=True)]
         names = [n for n in (*model.state, *model.params) if isinstance(values[n], Tensor)]
         out = run_eager(model, leaves[0], values | dict(zip(names, leaves[1:], strict=True)), *rest)
