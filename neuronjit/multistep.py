@@ -128,7 +128,7 @@ def _explain(error: RuntimeError, *tensors: Tensor) -> NoReturn:
     functorch = torch._C._functorch
     if isinstance(error, NeuronJitError) or not (
         torch._C._are_functorch_transforms_active()
-        or any(functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+        or any(functorch.is_legacy_batchedtensor(t) for t in tensors)  # is_grads_batched=True
     ):
         raise error
     raise DifferentiationError(
