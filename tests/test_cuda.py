@@ -145,9 +145,9 @@ def test_only_outputs_and_checkpoints_are_allocated() -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_any_device_whatever_the_current_one() -> None:
     x = torch.randn(9, 333)
-    results = []
+    results = {}
     for device in ("cuda:0", "cuda:1"):
-        results.append([t.cpu() for t in training_step(x.to(device).requires_grad_())])
+        results[device] = [t.cpu() for t in training_step(x.to(device).requires_grad_())]
         assert torch.cuda.current_device() == 0
-    for ours, theirs in zip(*results, strict=True):
+    for ours, theirs in zip(*results.values(), strict=True):
         assert torch.equal(ours, theirs)
