@@ -59,15 +59,21 @@ def multistep(
             continue
         names.append(name)
         tensors.append(value)
+    changing = []
+    for name, number in zip(surrogate.params, surrogate.values, strict=True):
+        if _is_static(number):
+            numbers.append(number)
+        else:  # on the CPU: it becomes an argument of the kernel, whose code reads no tensor for it
+            changing.append(name)
+            tensors.append(torch.zeros((), dtype=torch.float64) + number)
     call = "\n".join(
         (
             FORMAT, model.token, surrogate.token, "spiking" if surrogate.spiking else "", reset,
             "detach" if detach_reset else "", ",".join(record), "final" if final_state else "",
-            backend or "", ",".join(names),
+            backend or "", ",".join(names), ",".join(changing),
         )
     )  # fmt: skip
     save = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
-    numbers = [*numbers, *surrogate.values]
     outputs = torch.ops.neuronjit.forward(x, tensors, numbers, save, call)
     final = tuple(model.state) if final_state else ()
     last = 1 + len(final)

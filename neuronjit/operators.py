@@ -39,12 +39,13 @@ class _Call(NamedTuple):
     final_state: bool
     backend: str
     names: tuple[str, ...]  # of the states and parameters that are tensors
+    changing: tuple[str, ...]  # parameters of the surrogate that come as tensors, after those
 
 
 @cache
 def _read(call: str) -> _Call:
-    version, model, surrogate, spiking, reset, detach, record, final, backend, names = call.split(
-        "\n"
+    version, model, surrogate, spiking, reset, detach, record, final, backend, names, *more = (
+        call.split("\n")
     )
     if version != FORMAT:
         raise SpecError(f"this graph is of another version of neuronjit ({version}); make it again")
@@ -52,7 +53,7 @@ def _read(call: str) -> _Call:
     form = Surrogate(name, derivative, primitive, dict.fromkeys(numbers, 1.0))
     return _Call(
         NeuronModel(**json.loads(model)), form(spiking=bool(spiking)), reset, bool(detach),
-        _names(record), bool(final), backend, _names(names),
+        _names(record), bool(final), backend, _names(names), _names(*more),
     )  # fmt: skip
 
 
@@ -68,20 +69,28 @@ _PLANS_KEPT = 4096
 _plans: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 
+def _split(call: _Call, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The model's tensors, and the surrogate's numbers."""
+    return tensors[: len(call.names)], tensors[len(call.names) :]
+
+
 def _find(
     call: str, x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float]
 ) -> tuple[Any, ...]:
     """What `plan_for` gives, kept for the next call where it is a plan."""
-    backend = _backend(_read(call))
-    key = (call, backend, tuple(numbers), signature(x), *[signature(t) for t in tensors])
+    own = _read(call)
+    backend = _backend(own)
+    tensors, changing = _split(own, tensors)
+    alphas = [t.item() for t in changing]
+    key = (call, backend, *numbers, *alphas, signature(x), *[signature(t) for t in tensors])
     found = _plans.get(key)
     if found is None:
-        own = _read(call)
         rest = iter(numbers)
         given = dict(zip(own.names, tensors, strict=True))
         state = {z: given[z] if z in given else next(rest) for z in own.model.state}
         params = {p: given[p] if p in given else next(rest) for p in own.model.params}
-        values: dict[str, Any] = dict(zip(own.surrogate.params, rest, strict=True))
+        values: dict[str, Any] = dict(zip(own.changing, alphas, strict=True))
+        values |= {p: next(rest) for p in own.surrogate.params if p not in values}
         surrogate = own.surrogate(**values)
         found = plan_for(
             own.model, x, state, surrogate, own.reset, own.detach_reset, own.record,
@@ -138,6 +147,7 @@ def _forward(
 ) -> list[Tensor]:
     found = _find(call, x, tensors, numbers)
     own = _read(call)
+    tensors, _ = _split(own, tensors)
     states = len(own.model.state)
     finals = states if own.final_state else 0
     if isinstance(found[0], Plan):
@@ -186,19 +196,22 @@ def _backward(
 ) -> list[Tensor]:
     found = _find(call, x, tensors, numbers)
     results: Sequence[Tensor | None] | None = None
+    every = tensors
+    tensors, changing = _split(_read(call), tensors)
+    asked = tuple(wanted[: 1 + len(tensors)])
     if isinstance(found[0], Plan):
         plan = found[0]
         held = checkpoints if len(checkpoints) > 2 else None
         ready, others = plan.prepare(x, tensors)
         try:
-            results = plan.backward(ready, held, others, grads, tuple(wanted))
+            results = plan.backward(ready, held, others, grads, asked)
         except BackendError:
             if _backend(_read(call)) != "auto":
                 raise
             found = eager_arguments(plan, x, tensors)
     if results is None:
-        results = _differentiate(found, x, tensors, grads, wanted)
-    return _promised_gradients(x, tensors, results, wanted)
+        results = _differentiate(found, x, tensors, grads, asked)
+    return _promised_gradients(x, every, [*results, *[None for _ in changing]], wanted)
 
 
 def _promised_gradients(
@@ -275,14 +288,15 @@ def _gradient(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
             " compile it with one that does"
         )
     x, checkpoints, *tensors = ctx.saved_tensors
+    none: Any = None if ctx.numbers else []  # torch takes an empty list for one of tensors
     wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
     if all(grad is None for grad in grads[:-1]):
-        return None, [None] * len(tensors), None, None, None
+        return None, [None] * len(tensors), none, None, None
     results = torch.ops.neuronjit.backward(
         x, checkpoints, tensors, grads[:-1], ctx.numbers, wanted, ctx.call
     )
     given = [grad if want else None for grad, want in zip(results, wanted, strict=True)]
-    return given[0], given[1:], None, None, None
+    return given[0], given[1:], none, None, None
 
 
 def _no_second(ctx: Any, grads: list[Tensor | None]) -> Any:

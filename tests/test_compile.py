@@ -188,6 +188,40 @@ def test_a_layers_number_that_changes() -> None:
     assert counts[-1] == counts[1], counts
 
 
+def test_a_surrogates_number_that_changes() -> None:
+    def run(x: Tensor, surrogate: nj.Surrogate) -> Tensor:
+        return nj.multistep(nj.neurons.LIF, x, surrogate=surrogate).spikes
+
+    fast, x = compiled(run), inputs((20, 5)).requires_grad_()
+    with Counted() as counted:
+        for alpha in range(1, 12):
+            atan = nj.surrogates.ATan(alpha=alpha / 2)
+            same(lambda x, s=atan: fast(x, s), lambda x, s=atan: run(x, s), x)
+        assert counted.graphs == 2
+
+
+@pytest.mark.cuda
+def test_graphs_of_cuda_inside_torch_compile() -> None:
+    """mode="reduce-overhead": the kernels are captured with all others."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(6, 9), nj.nn.LIF(learnable="tau"), torch.nn.Linear(9, 5)
+    )
+    net = net.cuda()
+    fast = torch.compile(net, fullgraph=True, mode="reduce-overhead")
+    for seed in range(6):
+        x = inputs((20, 4, 6), seed=seed).cuda()
+        grads = []
+        for run in (net, fast):
+            nj.nn.reset_net(net)
+            net.zero_grad()
+            torch.compiler.cudagraph_mark_step_begin()
+            run(x).square().sum().backward()
+            grads.append([p.grad.clone() for p in net.parameters()])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
 @each_device
 def test_dynamic_shapes(device: str) -> None:
     """Any T and N from few graphs: with checkpoints, without, and no more."""
@@ -263,7 +297,7 @@ def arguments(
     own, surrogate = library_model(model), nj.surrogates.ATan(spiking=spiking)
     numbers = [v for n, v in {**own.state, **own.params}.items() if n not in tensors]
     call = [operators.FORMAT, own.token, surrogate.token, "spiking" if spiking else "", "hard", ""]
-    call += [",".join(record), "final" if final else "", backend, ",".join(tensors)]
+    call += [",".join(record), "final" if final else "", backend, ",".join(tensors), ""]
     return x, list(tensors.values()), [*numbers, *surrogate.values], save, "\n".join(call)
 
 
