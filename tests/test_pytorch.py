@@ -168,7 +168,7 @@ def forward_mode(f: Callable[[Tensor], Tensor]) -> Tensor | None:
 
 def batched(f: Callable[[Tensor], Tensor]) -> Tensor:
     x = X.clone().requires_grad_()
-    arriving = torch.eye(20, dtype=x.dtype).reshape(20, 5, 4)
+    arriving = torch.eye(20, dtype=x.dtype, device=x.device).reshape(20, 5, 4)
     return torch.autograd.grad(f(x), x, arriving, is_grads_batched=True)[0]
 
 
