@@ -108,7 +108,7 @@ def multistep(
         warn_slow(error)
         return run_eager(*eager_arguments(plan, x_seq, tensors))
     except RuntimeError as error:
-        _explain(error, x_seq, *tensors)
+        _explain(error)
     last = 1 + len(plan.final)
     return Output(
         outputs[0],
@@ -123,18 +123,18 @@ def _by_operators(*arguments: Any) -> Output:
     return compiled.multistep(*arguments)
 
 
-def _explain(error: RuntimeError, *tensors: Tensor) -> NoReturn:
+def _explain(error: RuntimeError) -> NoReturn:
     """Raise what stopped a kernel; in our words where it was a transform of torch.func."""
-    functorch = torch._C._functorch
-    if isinstance(error, NeuronJitError) or not (
-        torch._C._are_functorch_transforms_active()
-        or any(functorch.is_legacy_batchedtensor(t) for t in tensors)  # is_grads_batched=True
-    ):
+    if isinstance(error, NeuronJitError) or not _transformed():
         raise error
-    raise DifferentiationError(
+    raise _no_transforms(str(error)) from None
+
+
+def _no_transforms(reason: str) -> DifferentiationError:
+    return DifferentiationError(
         "the kernels have no rules for torch.func (vmap, grad, jvp, ...) and batched gradients;"
-        f" use backend='eager', or torch.autograd.grad ({str(error)[:80]})"
-    ) from None
+        f" use backend='eager', or torch.autograd.grad ({reason[:80]})"
+    )
 
 
 def _run(plan: Plan, x: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -167,10 +167,9 @@ class _Multistep(torch.autograd.Function):
         wanted = ctx.needs_input_grad[1:]
         if all(grad is None for grad in grads):
             return (None, *(None for _ in wanted))
-        try:
-            results = ctx.plan.backward(x, checkpoints, tensors, grads, wanted)
-        except RuntimeError as error:
-            _explain(error, *[grad for grad in grads if grad is not None])
+        if any([_is_batched(grad) for grad in grads if grad is not None]):  # noqa: C419 as above
+            raise _no_transforms("is_grads_batched=True")
+        results = ctx.plan.backward(x, checkpoints, tensors, grads, wanted)
         if torch.is_grad_enabled():  # create_graph: an error only if somebody differentiates again
             arrived = [grad for grad in grads if grad is not None]
             results = [r if r is None else _Once.apply(r, x, *arrived, *tensors) for r in results]  # type: ignore[no-untyped-call]
@@ -180,6 +179,7 @@ class _Multistep(torch.autograd.Function):
 # what Function.apply comes to outside of torch.func, without its two microseconds of preparation
 _apply: Any = super(torch.autograd.Function, _Multistep).apply
 _transformed: Any = torch._C._are_functorch_transforms_active
+_is_batched: Any = torch._C._functorch.is_legacy_batchedtensor
 
 
 class _Once(torch.autograd.Function):
