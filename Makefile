@@ -1,9 +1,10 @@
 # make demo   trains a spiking network on handwritten digits, in an environment of its own
 # make test   formatting, lint, types and tests: what CI runs
+# make test-slow   the exhaustive grids behind the marker "slow"; CI runs them after the rest
 # PYTHON=python3.12 picks the interpreter, VENV=dir the environment, PYTEST_ARGS="-k lif" the tests.
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 -m "not slow"
 
 run := $(VENV)/bin/python -m
 pip := $(run) pip install --disable-pip-version-check -c constraints.txt
@@ -15,7 +16,7 @@ else
 test_extras := test,examples,cuda12
 endif
 
-.PHONY: demo test check format clean
+.PHONY: demo test check test-slow format clean
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/python examples/digits.py
@@ -25,6 +26,9 @@ test check: $(VENV)/.installed-test
 	$(run) ruff check .
 	$(run) mypy
 	$(run) pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-test
+	$(run) pytest -n 2 -m slow
 
 format: $(VENV)/.installed-test
 	$(run) ruff format .
