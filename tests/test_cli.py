@@ -306,6 +306,8 @@ def start(*words, **environment):
         [sys.executable, "-m", "neuronjit.cli", *map(str, words)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
+        # a job in the background ignores Ctrl-C, and so would what it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
 
 
