@@ -1,5 +1,5 @@
 # make demo   trains a spiking network on handwritten digits, in an environment of its own
-# make test   formatting, lint, types and tests: what CI runs
+# make test   formatting, lint, types and tests
 # make test-slow   the exhaustive grids behind the marker "slow"; CI runs them after the rest
 # PYTHON=python3.12 picks the interpreter, VENV=dir the environment, PYTEST_ARGS="-k lif" the tests.
 PYTHON ?= python3

@@ -18,6 +18,16 @@ from .source import TARGETS
 BACKENDS = ("auto", *TARGETS, "eager")
 
 
+_PLANS_KEPT = 4096  # shapes that never come back must not fill the memory
+
+
+def keep(plans: dict[tuple[Any, ...], Any], key: tuple[Any, ...], plan: Any) -> None:
+    """Remember a plan; where there are too many, forget the others."""
+    if len(plans) >= _PLANS_KEPT:
+        plans.clear()
+    plans[key] = plan
+
+
 class Output(NamedTuple):
     """What `multistep` returns."""
 
@@ -65,13 +75,7 @@ def plan_for(
     if torch._C._get_tracing_state():
         raise BackendError("torch.jit.trace sees no kernel; use torch.export or torch.compile")
     model = as_model(model)
-    checks.check_input(x)
-    checks.check_names(model, reset, state, params)
-    record = checks.check_record(model, record)
-    if "v_reset" in params and params["v_reset"] is None:
-        reset, params = "soft", {**params, "v_reset": 0.0}
-    elif reset == "soft":
-        params = {"v_reset": 0.0, **params}
+    reset, record, params = checks.settle(model, x, state, reset, record, params)
     reset = "own" if model.own_reset else reset
     given: dict[str, Tensor] = {}
     numbers: dict[str, float] = {}

@@ -89,6 +89,22 @@ def check_names(model: NeuronModel, reset: Any, state: Any, params: Mapping[str,
             )
 
 
+def settle(
+    model: NeuronModel, x: Any, state: Any, reset: Any, record: Any, params: dict[str, Any]
+) -> tuple[str, tuple[str, ...], dict[str, Any]]:
+    """The reset, the names to record and the parameters of a call, once its names are checked.
+
+    v_reset=None is soft reset; with soft reset, v_reset is 0 unless it is given.
+    """
+    check_input(x)
+    check_names(model, reset, state, params)
+    if params.get("v_reset", 0.0) is None:
+        reset, params = "soft", {**params, "v_reset": 0.0}
+    elif reset == "soft":
+        params = {"v_reset": 0.0, **params}
+    return reset, check_record(model, record), params
+
+
 def check_record(model: NeuronModel, record: Any) -> tuple[str, ...]:
     """The names to record, in one order."""
     if not isinstance(record, str | Iterable):

@@ -22,7 +22,7 @@ import torch
 from . import bundle, cache, engine, housekeeping, manifest, prebuild, targets
 from .cachedir import search_path, user_dir
 from .errors import InputTypeError, NeuronJitError, SpecError
-from .source import STORAGE
+from .source import STORAGE, TARGETS
 from .terminal import ask, complain, in_bytes, progress, say, say_json, say_lines, table
 
 FOUND, USAGE, INTERRUPTED = 1, 2, 130
@@ -248,9 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--record", **names, help="also while these are recorded (together), e.g. v h")
     option("--learn", **names, help="with gradients of these parameters, e.g. tau")
     option("--per-neuron", **names, help="with tensors over neurons as these parameters")
-    option(
-        "--target", dest="targets", nargs="+", choices=targets.NAMES, help="default: that of --arch"
-    )
+    option("--target", dest="targets", nargs="+", choices=TARGETS, help="default: that of --arch")
     option("--arch", dest="archs", **names, help="e.g. sm_90 x86-64-v3; default: recorded, or here")
     option("--jobs", type=int, default=os.cpu_count(), metavar="N", help="default: %(default)s")
     option = command(_verify, "read every byte of every kernel: is all sound?", "", "--fix")

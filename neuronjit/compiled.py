@@ -38,13 +38,7 @@ def multistep(
 ) -> Output:
     """`neuronjit.multistep`, by operators alone."""
     model, surrogate, state = as_model(model), as_surrogate(surrogate), state or {}
-    checks.check_input(x)
-    checks.check_names(model, reset, state, params)
-    record = checks.check_record(model, record)
-    if "v_reset" in params and params["v_reset"] is None:
-        reset, params = "soft", {**params, "v_reset": 0.0}
-    elif reset == "soft":
-        params = {"v_reset": 0.0, **params}
+    reset, record, params = checks.settle(model, x, state, reset, record, params)
     names: list[str] = []
     tensors: list[Tensor] = []
     numbers: list[float] = []

@@ -9,6 +9,7 @@ from typing import Any
 
 from . import cache, manifest, source, targets
 from .errors import BackendError, MissingKernelError
+from .rendering import render_specs
 from .source import KernelSpec
 
 _kernels: dict[tuple[KernelSpec, int], Any] = {}
@@ -50,8 +51,6 @@ def build(spec: KernelSpec, arch: str) -> cache.Entry:
     def compile_now() -> cache.Entry:
         nonlocal compiled
         compiled = True
-        from .rendering import render_specs  # a warm start renders nothing
-
         text = render_specs([spec])
         binary = target.compile(text, spec.symbol, arch)
         return cache.Entry(key, _meta(spec, arch, fingerprint), text, binary)

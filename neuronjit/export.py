@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from . import neurons, targets
 from .errors import SpecError, known
 from .neurons import NeuronModel
 from .rendering import render_specs
-from .source import KernelSpec, spec_of
+from .source import ITEMSIZE, KernelSpec, spec_of
 from .surrogates import ATan
 
 
@@ -48,10 +49,9 @@ def render(
     for each in ("forward", "backward") if direction is None else (direction,):
         choices = model, target, each, surrogate, reset, detach_reset, dtype
         spec = spec_of(*choices, **options)
-        itemsize = {"float64": 8, "float32": 4}.get(spec.dtype, 2)
-        counts = len(spec.model.state), len(spec.sequences)
-        shape = targets.by_name(target).shape(each, itemsize, *counts, neurons, steps, True)
-        specs.append(spec_of(*choices, **{**shape._asdict(), **options}))
+        counts = ITEMSIZE[spec.dtype], len(spec.model.state), len(spec.sequences)
+        shape = targets.by_name(target).shape(each, *counts, neurons, steps, True)
+        specs.append(replace(spec, **{**shape._asdict(), **options}))
     return render_specs(specs)
 
 
@@ -113,15 +113,14 @@ def _export(
     dtypes: Iterable[str],
     directions: Iterable[str],
 ) -> Sequence[KernelSpec]:
-    decays = tuple(decay_inputs)
+    decays, surrogates, detach_resets = tuple(decay_inputs), [*surrogates], [*detach_resets]
+    others = [*directions], [*dtypes], [*resets]  # gone through once a model: iterators end
     specs: dict[KernelSpec, None] = {}  # choices that a kernel ignores give it again
     for given in [models] if isinstance(models, str) else models:
         model = neurons.as_model(given)
         variants = [model] if True in decays or model not in _NO_DECAY else []
         variants += [_NO_DECAY[model]] if False in decays and model in _NO_DECAY else []
-        for variant, direction, dtype, reset in itertools.product(
-            variants, directions, dtypes, resets
-        ):
+        for variant, direction, dtype, reset in itertools.product(variants, *others):
             plif = "reciprocal_tau" in variant.params and direction == "backward"
             learned = ("reciprocal_tau",) if plif else ()
             for surrogate, detach in itertools.product(surrogates, detach_resets):

@@ -27,8 +27,6 @@ FUNCTIONS = {
     "abs": 1, "sign": 1, "minimum": 2, "maximum": 2, "where": 3, "detach": 1,
 }  # fmt: skip
 CONSTANTS = {"pi": math.pi}
-# functions whose last bit may differ between the targets and eager PyTorch
-TRANSCENDENTAL = {"exp", "log", "tanh", "sigmoid", "sin", "cos", "atan", "erf", "**"}
 
 # what a constant may be made of: checked before a compiler sees it
 _ARITHMETIC: dict[str, Callable[..., float]] = {
@@ -69,10 +67,6 @@ class Node:
         if self.op == "name":
             return {str(self.value)}
         return set().union(*(arg.names() for arg in self.args))
-
-    def operations(self) -> set[str]:
-        """Every operator and function in the expression."""
-        return {self.op}.union(*(arg.operations() for arg in self.args))
 
     def substitute(self, names: Mapping[str, Node]) -> Node:
         """The same expression with some names replaced."""

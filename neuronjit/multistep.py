@@ -12,7 +12,16 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import checks
-from .calls import Output, eager_arguments, plan_for, run_eager, signature, split, warn_slow
+from .calls import (
+    Output,
+    eager_arguments,
+    keep,
+    plan_for,
+    run_eager,
+    signature,
+    split,
+    warn_slow,
+)  # fmt: skip
 from .errors import BackendError, DifferentiationError, NeuronJitError
 from .neurons import NeuronModel
 from .plan import Plan
@@ -20,7 +29,6 @@ from .surrogates import ATan, Surrogate, as_surrogate
 
 __all__ = ["Output", "multistep"]
 
-_PLANS_KEPT = 4096  # shapes that never come back must not fill the memory
 _plans: dict[tuple[Any, ...], Plan] = {}
 
 
@@ -97,9 +105,7 @@ def multistep(
             return run_eager(*ready)
         plan, tensors = ready
         if key is not None:
-            if len(_plans) >= _PLANS_KEPT:
-                _plans.clear()
-            _plans[key] = plan
+            keep(_plans, key, plan)
     try:
         outputs = _run(plan, x_seq, tensors)
     except BackendError as error:

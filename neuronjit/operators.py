@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .calls import choose_target, eager_arguments, plan_for, run_eager, signature, warn_slow
+from .calls import choose_target, eager_arguments, keep, plan_for, run_eager, signature, warn_slow
 from .errors import BackendError, DifferentiationError, SpecError
 from .neurons import NeuronModel
 from .plan import Plan
@@ -65,7 +65,6 @@ def _backend(call: _Call) -> str:
     return call.backend or os.environ.get("NEURONJIT_BACKEND") or "auto"
 
 
-_PLANS_KEPT = 4096
 _plans: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 
@@ -97,9 +96,7 @@ def _find(
             own.final_state, backend, params,
         )  # fmt: skip
         if isinstance(found[0], Plan):
-            if len(_plans) >= _PLANS_KEPT:
-                _plans.clear()
-            _plans[key] = found[:1]
+            keep(_plans, key, found[:1])
     return found
 
 

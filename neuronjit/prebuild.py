@@ -12,11 +12,10 @@ import torch
 
 from . import cache, engine, manifest, neurons, targets
 from .errors import NeuronJitError, SpecError
-from .source import KernelSpec, spec_of
+from .source import ITEMSIZE, TARGETS, KernelSpec, spec_of
 from .surrogates import as_surrogate
 
 Job = tuple[KernelSpec, str]  # with the architecture to compile for
-_ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def jobs(
@@ -38,13 +37,13 @@ def jobs(
     Raises:
         SpecError: an unknown architecture, or none is named and there is no GPU.
     """
-    named: dict[str, list[str]] = {target: [] for target in targets.NAMES}
+    named: dict[str, list[str]] = {target: [] for target in TARGETS}
     for arch in archs:
         target = "cuda" if arch.startswith("sm_") else "cpu"
         named[target].append(targets.by_name(target).check_arch(arch))
         if only and target not in only:
             raise SpecError(f"architecture {arch} is one of target {target}")
-    asked = list(only) or [target for target in targets.NAMES if named[target]]
+    asked = list(only) or [target for target in TARGETS if named[target]]
     found: dict[Job, None] = {}
     for spec, arch in wanted:
         for target in asked or [spec.target]:
@@ -143,7 +142,7 @@ def choices(
 
 def every_shape(spec: KernelSpec, target: str) -> list[KernelSpec]:
     """The same kernel for `target`, in each shape that some size of input may ask for."""
-    size = _ITEMSIZE[spec.dtype]
+    size = ITEMSIZE[spec.dtype]
     shapes = targets.shapes(
         target, spec.direction, size, len(spec.model.state), len(spec.sequences)
     )

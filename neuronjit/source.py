@@ -15,6 +15,7 @@ from .errors import SpecError, known
 from .neurons import NeuronModel, as_model
 from .surrogates import Surrogate, as_surrogate
 
+ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 STORAGE = {"float32": "float", "float64": "double", "float16": "half_t", "bfloat16": "bfloat16_t"}
 TARGETS = ("cuda", "cpu")
 DIRECTIONS = ("forward", "backward")

@@ -2,14 +2,17 @@
 
 import itertools
 import json
+import os
 import random
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import neuronjit as nj
+from neuronjit import cache
 from neuronjit.export import SEED_SURROGATES
 from neuronjit.rendering import render_specs
 from neuronjit.source import KernelSpec, spec_of
@@ -157,18 +160,14 @@ def test_a_directory_gets_one_file_a_kernel(tmp_path: Path) -> None:
 
 def test_render_is_what_a_call_compiles() -> None:
     text = nj.render(nj.neurons.LIF, target="cpu", direction="forward", steps=4, neurons=64)
-    out = nj.multistep(nj.neurons.LIF, __import__("torch").zeros(4, 64), backend="cpu")
+    out = nj.multistep(nj.neurons.LIF, torch.zeros(4, 64), backend="cpu")
     assert out.spikes.shape == (4, 64)
     symbol = re.search(r"ENTRY_\((\w+),", text)
     assert symbol
-    from neuronjit import cache
-
     assert any(entry.source == text for entry in map(cache.load, cached_keys()) if entry)
 
 
 def cached_keys() -> list[str]:
-    import os
-
     return [
         path.name
         for path in Path(os.environ["NEURONJIT_CACHE_DIR"]).rglob("*")
@@ -190,3 +189,13 @@ def test_unknown_names(options: dict[str, object], words: str) -> None:
     with pytest.raises(nj.SpecError) as caught:
         nj.render("lif", **options)
     assert words in str(caught.value)
+
+
+def test_choices_may_be_iterators(tmp_path: Path) -> None:
+    """Each is gone through once a model."""
+    symbols = exported(
+        "i.cu", tmp_path, neurons=iter(["if", "qif"]), surrogates=iter(["ATan"]),
+        resets=iter(["hard", "soft"]), detach_resets=iter([True]), dtypes=iter(["float32"]),
+        directions=iter(["backward"]),
+    )  # fmt: skip
+    assert [symbol.split("_")[0] for symbol in symbols] == ["if", "if", "qif", "qif"]

@@ -8,16 +8,15 @@ from functools import cache
 from typing import Any
 
 from ..errors import SpecError, known
+from ..source import TARGETS
 from .common import Shape
-
-NAMES = ("cuda", "cpu")
 
 
 @cache
 def by_name(name: str) -> Any:
     """The target's module. Raises SpecError."""
-    if name not in NAMES:
-        raise SpecError(f"unknown target {ascii(name)[:80]}. {known(NAMES)}")
+    if name not in TARGETS:
+        raise SpecError(f"unknown target {ascii(name)[:80]}. {known(TARGETS)}")
     return importlib.import_module(f".{name}", __package__)
 
 
