@@ -9,6 +9,7 @@ normalisation (SyncBatchNorm on GPUs; on CPUs each process normalises its own pa
 """
 
 import os
+import sys
 import time
 from functools import partial
 
@@ -60,8 +61,14 @@ def main():
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
         run(args, device)
+        dist.barrier()
     finally:
         dist.destroy_process_group()
+    if not cuda:
+        # gloo's threads may hold tensors until Python is gone, and then abort the process (torch
+        # 2.13; https://github.com/pytorch/pytorch/pull/179291): leave without waiting for them
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def run(args, device):

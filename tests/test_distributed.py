@@ -97,7 +97,9 @@ def torchrun(processes: int, *command: str, cwd: Path) -> str:
 def script(tmp_path: Path, text: str) -> str:
     path = tmp_path / "script.py"
     path.write_text(
-        f"{COMMON}\n{text}\nprint('rank', rank, 'done')\ndist.destroy_process_group()\n"
+        # why it leaves so: see examples/train_ddp.py
+        f"{COMMON}\n{text}\nprint('rank', rank, 'done', flush=True)\n"
+        "dist.barrier()\ndist.destroy_process_group()\nimport os\nos._exit(0)\n"
     )
     return str(path)
 
