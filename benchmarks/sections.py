@@ -151,11 +151,13 @@ def memory(run: Run, grid: Grid) -> None:
 
 
 def _kept_cuda(call: Call, x: torch.Tensor) -> int:
-    synchronize()
-    before = torch.cuda.memory_allocated()
+    def requested() -> int:  # not `memory_allocated`, which counts what blocks are rounded up to
+        synchronize()
+        return torch.cuda.memory_stats()["requested_bytes.all.current"]
+
+    before = requested()
     spikes = call.forward(x)
-    synchronize()
-    return torch.cuda.memory_allocated() - before - spikes.untyped_storage().nbytes()
+    return requested() - before - spikes.untyped_storage().nbytes()
 
 
 def _kept_cpu(call: Call, x: torch.Tensor) -> int:

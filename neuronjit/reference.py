@@ -39,7 +39,6 @@ class _Spike(torch.autograd.Function):
         h, theta = ctx.saved_tensors
         slope = _surrogate(ctx.surrogate, ctx.surrogate.derivative_tree, h - theta)
         moved = h_tangent if theta_tangent is None else h_tangent - theta_tangent
-        moved = h_tangent if theta_tangent is None else h_tangent - theta_tangent
         return slope * moved
 
 

@@ -152,7 +152,7 @@ def _adjoint(spec: KernelSpec) -> list[str]:
             part = multiply(total, slope)
             if carried.startswith("after_") and slope.names() - {"s", *spec.model.params}:
                 # where no gradient arrives after the last step, 0 * inf must not make one
-                part = Node("where", (name(carried.replace("after", "some", 1)), part, number(0)))
+                part = Node("only_if", (name(carried.replace("after", "some", 1)), part))
             if part != number(0):
                 terms.setdefault(read, []).append(part)
     results = [(f"zd_{z}_ = ", z) for z in spec.model.state] + [("xd_ = ", "x")]
