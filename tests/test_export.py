@@ -28,17 +28,23 @@ needs_nvrtc = pytest.mark.skipif(
 )
 
 
-def nvrtc(source: str, arch: str) -> bytes:
-    """The cubin; any word of the compiler, a warning too, fails the test."""
+def compiled(source: str, arch: str, *options: str) -> tuple[bytes, str]:
+    """The cubin, and what the compiler said."""
     from cupy.cuda import nvrtc
 
     program = nvrtc.createProgram(source, "export.cu", (), ())
     try:
-        nvrtc.compileProgram(program, [f"--gpu-architecture={arch}", *cuda.FLAGS])
+        nvrtc.compileProgram(program, [f"--gpu-architecture={arch}", *cuda.FLAGS, *options])
     except nvrtc.NVRTCError:
         pytest.fail(nvrtc.getProgramLog(program)[:2000])
-    assert not nvrtc.getProgramLog(program).strip("\0\n ")
-    return nvrtc.getCUBIN(program)
+    return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program).strip("\0\n ")
+
+
+def nvrtc(source: str, arch: str) -> bytes:
+    """The cubin; any word of the compiler, a warning too, fails the test."""
+    cubin, said = compiled(source, arch)
+    assert not said
+    return cubin
 
 
 def host(source: str, folder: Path, level: str = "-O1") -> None:
@@ -144,6 +150,21 @@ def test_filters(tmp_path: Path) -> None:
     with pytest.raises(nj.SpecError, match="no kernel"):
         nj.save_cuda_codes(tmp_path / "c.cu", neurons=[])
     assert not (tmp_path / "c.cu").exists()
+
+
+@needs_nvrtc
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nothing_spills(arch: str, model: str) -> None:
+    """All that a thread keeps fits its registers, at each of the shapes that sizes lead to."""
+    sizes = [(2**24, 4), (2**22, 16), (16384, 1000)]
+    for (neurons, steps), dtype in itertools.product(sizes, ("float32", "float16")):
+        for direction in ("forward", "backward"):
+            text = nj.render(model, direction=direction, dtype=dtype, steps=steps, neurons=neurons)
+            _, said = compiled(text, arch, "--ptxas-options=-v")
+            spilled = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", said)
+            assert spilled and spilled.groups() == ("0", "0"), said
 
 
 @needs_nvrtc

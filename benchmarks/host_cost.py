@@ -1,0 +1,136 @@
+"""Where the host time of a warm call goes: checks and look-up, allocation, launch, autograd.
+
+Sequences are small, so that the kernels themselves take next to nothing. Parts are timed each in a
+loop of its own, from the innermost outwards; what a layer adds is the difference to the one inside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import neuronjit as nj
+from neuronjit.calls import signature, split
+from neuronjit.multistep import _plans
+from neuronjit.plan import Plan
+
+RESULTS = Path(__file__).parent / "results"
+PARTS = ("checks and look-up", "allocation", "arguments and launch", "the rest", "all")
+
+
+def microseconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """The median of each over rounds in which all take their turn; a round is 2,000 calls."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            for _ in range(2000):
+                call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:  # the first warms up
+                times[name].append((time.perf_counter() - begin) / 2000 * 1e6)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def inference(x: Tensor, rounds: int) -> dict[str, float]:
+    """The parts of a call without autograd."""
+    surrogate = nj.surrogates.ATan()
+    params = dict(tau=2.0)
+    _plans.clear()
+    call = partial(nj.multistep, nj.neurons.LIF, x, surrogate=surrogate, **params)
+    call()
+    (plan,) = _plans.values()
+    (launch,) = plan._launches.values()
+    outputs = [torch.empty_like(x), plan._empty_state()]
+    pointers = [x.data_ptr(), *[t.data_ptr() for t in outputs]]
+
+    def look_up() -> Plan | None:
+        where = signature(x), None, split(params, [])
+        return _plans.get((nj.neurons.LIF, surrogate, "hard", False, (), True, "auto", *where))
+
+    def allocate() -> tuple[Tensor, ...]:
+        return torch.empty_like(x), plan._empty_state()
+
+    def start() -> None:
+        packed = launch.pack(*pointers, 0, 0, *plan._no_inputs, *plan._forward_tail)
+        launch.run(packed, plan.n, plan.steps)
+
+    if look_up() is not plan:
+        raise SystemExit("the key of a call is another than here")
+    took = microseconds(dict(zip(PARTS, (look_up, allocate, start, call), strict=False)), rounds)
+    whole = took.pop("the rest")
+    return {**took, "the rest": whole - sum(took.values()), "all": whole}
+
+
+def training(x: Tensor, rounds: int) -> dict[str, float]:
+    """Forward and backward with autograd, beside the same work called directly."""
+    x = x.clone().requires_grad_()
+    grad = torch.ones_like(x)
+    _plans.clear()
+
+    def forward() -> Tensor:
+        return nj.multistep(nj.neurons.LIF, x, tau=2.0).spikes
+
+    spikes = forward()
+    spikes.backward(grad, retain_graph=True)
+    (plan,) = _plans.values()
+    took = microseconds(
+        {
+            "forward without autograd": lambda: plan.forward(x, [], save=True),
+            "forward": forward,
+            "backward without autograd": lambda: plan.backward(x, None, [], [grad, None], (True,)),
+            "forward and backward": lambda: torch.autograd.grad(forward(), x, grad),
+        },
+        rounds,
+    )
+    inside = took["forward without autograd"] + took["backward without autograd"]
+    return {**took, "autograd, and the way to it": took["forward and backward"] - inside}
+
+
+def page(results: dict[str, Any]) -> str:
+    lines = ["# Where the host time of a warm call goes", ""]
+    for device, found in results.items():
+        lines += [f"## {device}", "", ", ".join(f"{k} {v}" for k, v in found["machine"].items())]
+        for kind in ("inference", "training"):
+            lines += ["", f"| {kind}, LIF, T = 4, N = 64 | us |", "| --- | --- |"]
+            lines += [f"| {part} | {us:.1f} |" for part, us in found[kind].items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    file = args.out / "host_cost.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        x = torch.rand(4, 64, device=device)
+        machine = {"cores": os.cpu_count(), "python": platform.python_version()}
+        machine |= {"torch": torch.__version__, "load": round(os.getloadavg()[0], 1)}
+        if device == "cuda":
+            machine = {"gpu": torch.cuda.get_device_name(), **machine}
+        with torch.no_grad():
+            parts = inference(x, args.rounds)
+        results[device] = dict(machine=machine, inference=parts, training=training(x, args.rounds))
+    args.out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    file.with_suffix(".md").write_text(page(results))
+    print(page(results))
+
+
+if __name__ == "__main__":
+    main()
