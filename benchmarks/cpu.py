@@ -15,6 +15,10 @@ import torch
 from common import Goal, Run, arguments, find, report, speedups
 from peers import DTYPES, LOOPS, OURS, SJ, Work
 
+# glibc gives freed memory of this size back at once, and the page faults of fresh memory then take
+# longer than any kernel; long runs keep their memory, by these settings or by another allocator
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**33)}
+
 
 def grids(quick: bool) -> dict[str, list]:
     if quick:
@@ -80,7 +84,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as out:
             print(f"--- {count} threads", flush=True)
             command = [sys.executable, *sys.argv, "--child", "--threads", str(count), "--out", out]
-            subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(count)}, check=True)
+            env = os.environ | KEEP_MEMORY | {"OMP_NUM_THREADS": str(count)}
+            subprocess.run(command, env=env, check=True)
             child = json.loads(Path(out, "cpu.json").read_text())
         run.machine = child["machine"]
         run.rows += child["rows"]
