@@ -15,8 +15,8 @@ import torch
 from common import Goal, Run, arguments, find, report, speedups
 from peers import DTYPES, LOOPS, OURS, SJ, Work
 
-# glibc gives freed memory of this size back at once, and the page faults of fresh memory then take
-# longer than any kernel; long runs keep their memory, by these settings or by another allocator
+# glibc gives freed memory of this size back at once, and the page faults of fresh memory would be
+# most of what is timed; long runs keep theirs, by these settings or by another allocator
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**33)}
 
 

@@ -1,15 +1,13 @@
 """Where the host time of a warm call goes: checks and look-up, allocation, launch, autograd.
 
-Sequences are small, so that the kernels themselves take next to nothing. Parts are timed each in a
-loop of its own, from the innermost outwards; what a layer adds is the difference to the one inside.
+Sequences are small, so that the kernels themselves take next to nothing. Each part is timed in a
+loop of its own; "the rest" is what the whole call takes beyond them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sections import Nothing
 from torch import Tensor
+from warm_start import machine
 
 import neuronjit as nj
 from neuronjit.calls import signature, split
@@ -26,7 +26,6 @@ from neuronjit.multistep import _plans
 from neuronjit.plan import Plan
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("checks and look-up", "allocation", "arguments and launch", "the rest", "all")
 
 
 def microseconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -42,16 +41,6 @@ def microseconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
             if turn:  # the first warms up
                 times[name].append((time.perf_counter() - begin) / 2000 * 1e6)
     return {name: statistics.median(each) for name, each in times.items()}
-
-
-class _Nothing(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
 
 
 def inference(x: Tensor, rounds: int) -> dict[str, float]:
@@ -79,9 +68,9 @@ def inference(x: Tensor, rounds: int) -> dict[str, float]:
 
     if look_up() is not plan:
         raise SystemExit("the key of a call is another than here")
-    took = microseconds(dict(zip(PARTS, (look_up, allocate, start, call), strict=False)), rounds)
-    whole = took.pop("the rest")
-    return {**took, "the rest": whole - sum(took.values()), "all": whole}
+    parts = {"checks and look-up": look_up, "allocation": allocate, "arguments and launch": start}
+    took = microseconds({**parts, "all": call}, rounds)
+    return {**took, "the rest": took["all"] - sum(took[part] for part in parts)}
 
 
 def training(x: Tensor, rounds: int) -> dict[str, float]:
@@ -101,7 +90,7 @@ def training(x: Tensor, rounds: int) -> dict[str, float]:
             "forward without autograd": lambda: plan.forward(x, [], save=True),
             "forward": forward,
             "backward without autograd": lambda: plan.backward(x, None, [], [grad, None], (True,)),
-            "an empty autograd.Function": lambda: torch.autograd.grad(_Nothing.apply(x), x, grad),
+            "an empty autograd.Function": lambda: torch.autograd.grad(Nothing.apply(x), x, grad),
             "forward and backward": lambda: torch.autograd.grad(forward(), x, grad),
         },
         rounds,
@@ -130,13 +119,11 @@ def main() -> None:
     results = json.loads(file.read_text()) if file.exists() else {}
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         x = torch.rand(4, 64, device=device)
-        machine = {"cores": os.cpu_count(), "python": platform.python_version()}
-        machine |= {"torch": torch.__version__, "load": round(os.getloadavg()[0], 1)}
-        if device == "cuda":
-            machine = {"gpu": torch.cuda.get_device_name(), **machine}
         with torch.no_grad():
             parts = inference(x, args.rounds)
-        results[device] = dict(machine=machine, inference=parts, training=training(x, args.rounds))
+        results[device] = dict(
+            machine=machine(device), inference=parts, training=training(x, args.rounds)
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(results, indent=1) + "\n")
     file.with_suffix(".md").write_text(page(results))

@@ -101,7 +101,9 @@ def calls(run: Run, grid: Grid, section: str = "calls") -> None:
                 run.add(section, name, work, mode, **row, **checked[name])
 
 
-class _Nothing(torch.autograd.Function):
+class Nothing(torch.autograd.Function):
+    """What autograd costs a Python function that does nothing."""
+
     @staticmethod
     def forward(ctx, x):
         return x.view_as(x)
@@ -117,7 +119,7 @@ def chain(run: Run, layers: int = 20) -> None:
     (x,) = run.data(work)
     g = torch.randn_like(x)
     one = {name: call.forward for name, call in run.build([OURS, SJ, SJ + " node"], work).items()}
-    one |= {"sigmoid": torch.sigmoid, "empty autograd.Function": _Nothing.apply}
+    one |= {"sigmoid": torch.sigmoid, "empty autograd.Function": Nothing.apply}
 
     def inference(layer: Callable) -> torch.Tensor:
         y = x

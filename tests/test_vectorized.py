@@ -20,9 +20,9 @@ SURROGATES = sorted({*surrogates._BUILT_IN, "SquarewaveFourierSeries"} - SCALAR)
 KERNELS = [
     *[("lif", "backward", "float32", surrogate, {}) for surrogate in SURROGATES],
     *[
-        (model, direction, dtype, "Sigmoid", {})
+        (model, direction, "float32", "Sigmoid", {})
         for model in ("if", "plif", "qif", "eif", "izhikevich")
-        for direction, dtype in (("forward", "float32"), ("backward", "float32"))
+        for direction in ("forward", "backward")
     ],
     ("izhikevich", "backward", "float16", "Sigmoid", {}),
     ("lif", "backward", "bfloat16", "ATan", dict(sequences=("s", "v", "h"))),
@@ -34,7 +34,7 @@ KERNELS = [
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: "-".join(map(str, k[:4])))
 def test_loops_over_lanes_vectorize(tmp_path: Path, kernel: tuple) -> None:
     command = cpu.compiler()
-    if "g++" not in Path(command[0]).name:
+    if "clang" in Path(command[0]).name:
         pytest.skip(f"needs g++ for its report; CXX is {command[0]}")
     model, direction, dtype, surrogate, options = kernel
     spec = source.spec_of(
