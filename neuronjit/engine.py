@@ -28,7 +28,8 @@ def load_kernel(spec: KernelSpec, device: int = 0) -> Any:
     Raises:
         CompileError: the compiler refused the source.
         BackendError: there is neither a cached binary nor a compiler.
-        MissingKernelError: NEURONJIT_NO_COMPILE=1 and the kernel is in no cache.
+        MissingKernelError: NEURONJIT_NO_COMPILE=1 and the kernel is in no cache; or a CUDA graph
+            is being captured, which loading would end.
     """
     key = (spec, device if spec.target == "cuda" else 0)
     kernel = _kernels.get(key)
@@ -36,6 +37,7 @@ def load_kernel(spec: KernelSpec, device: int = 0) -> Any:
         target = targets.by_name(spec.target)
         arch = target.arch(key[1])
         manifest.record(spec, arch)  # also what turns out to be missing: that is to be shipped
+        target.check_loadable(spec.symbol)  # before the compiler goes to work
         entry = build(spec, arch)
         kernel = _kernels.setdefault(
             key, target.load(entry.binary, spec.symbol, spec.lanes, key[1])

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-from .expressions import Node, name, number, small_power
+from .expressions import FUNCTIONS, Node, name, number, small_power
 
+COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
 _PRECEDENCE = {
-    "<": 1,
-    "<=": 1,
-    ">": 1,
-    ">=": 1,
-    "==": 1,
-    "!=": 1,
+    **dict.fromkeys(COMPARISONS, 1),
     "+": 2,
     "-": 2,
     "*": 3,
@@ -75,9 +71,17 @@ def exact_divisions(node: Node, divisors: Container[str]) -> Node:
     return Node(node.op, args, node.value)
 
 
-def fast_divisions(node: Node, divisors: Container[str]) -> Node:
-    """For gradients: products with reciprocals, and divisions to the last bit or two."""
-    args = tuple(fast_divisions(arg, divisors) for arg in node.args)
+def fast_divisions(
+    node: Node, divisors: Container[str], evaluated: Container[Node] = frozenset()
+) -> Node:
+    """For gradients: products with reciprocals, and divisions to the last bit or two.
+
+    Exact are comparisons, so that a choice of slopes falls as that of values did, and functions
+    that the step has `evaluated`: written alike, compilers find that they are needed only once.
+    """
+    if node.op in COMPARISONS or (_is_function(node) and node in evaluated):
+        return exact_divisions(node, divisors)
+    args = tuple(fast_divisions(arg, divisors, evaluated) for arg in node.args)
     if node.op != "/":
         return Node(node.op, args, node.value)
     a, b = args
@@ -85,6 +89,16 @@ def fast_divisions(node: Node, divisors: Container[str]) -> Node:
         r = reciprocal(str(b.value))
         return r if a == number(1) else Node("*", (a, r))
     return Node("ratio", (a, b))
+
+
+def _is_function(node: Node) -> bool:
+    return node.op in FUNCTIONS or node.op == "**"
+
+
+def functions(node: Node) -> set[Node]:
+    """Every call of a function, and every power, within an expression."""
+    found = set().union(*(functions(arg) for arg in node.args))
+    return found | {node} if _is_function(node) else found
 
 
 def reciprocal(parameter: str) -> Node:

@@ -9,7 +9,7 @@ from typing import Any
 from .derivatives import add, derivative, multiply, negate
 from .expressions import Node, Statement, name, needed, number
 from .neurons import program
-from .printing import divided_by, exact_divisions, fast_divisions, to_cpp
+from .printing import divided_by, exact_divisions, fast_divisions, functions, to_cpp
 from .source import CUDA_BLOCK, STORAGE, KernelSpec, arguments, surrogate_arguments, templates
 
 
@@ -159,6 +159,7 @@ def _adjoint(spec: KernelSpec) -> list[str]:
     for before, source in [*results, *((f"pd_{p}_ += ", p) for p in spec.learned)]:
         value = add(terms.get(source, []))
         lines.append((before, value, value.names()))
+    evaluated = set().union(*(functions(s.expression) for s in lowered.statements))
     # a gradient that nothing reads (of a parameter not learned, say) is not printed
     used: set[str] = set()
     kept: list[str] = []
@@ -166,7 +167,8 @@ def _adjoint(spec: KernelSpec) -> list[str]:
         declares = before.startswith("const real ")
         if not declares or before.split()[2] in used:
             if isinstance(expression, Node):
-                expression = to_cpp(fast_divisions(expression, divisors(spec)))
+                fast = fast_divisions(expression, divisors(spec), evaluated)
+                expression = to_cpp(fast)
             kept.append(f"{before}{expression};")
             used |= reads
     recomputed = needed(lowered.statements, used)

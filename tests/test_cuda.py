@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 
@@ -41,6 +42,7 @@ def warmed_up(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
 @pytest.fixture(autouse=True)
 def usable() -> Iterator[None]:
     """The context is usable after every test."""
+    gc.collect()  # what earlier tests left must not be freed within a capture
     yield
     torch.cuda.synchronize()
     assert lif(torch.full((3, 4), 1.5, device="cuda")).sum() > 0
@@ -214,6 +216,7 @@ def test_memory_is_outputs_and_checkpoints() -> None:
     x.grad = None
     torch.cuda.synchronize()
     for grad, beyond in ((False, 0), (True, 2 * n + 2)):
+        out = None  # the round before would be freed within the one that is measured
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         with torch.set_grad_enabled(grad):

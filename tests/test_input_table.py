@@ -352,6 +352,7 @@ def test_count(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("numel", [2**31 - 1, 2**31, 2**31 + 8])
 def test_wide_indices_forward_and_backward(numel: int) -> None:
     """The last neurons are as right as the first ones; half precision, one step."""
+    torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < 22 * numel:
         pytest.skip("needs about 48 GB of free GPU memory")
     x = torch.full((1, numel), 0.5, dtype=torch.float16, device="cuda")

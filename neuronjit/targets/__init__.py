@@ -1,4 +1,4 @@
-"""The two targets. Each module has the same verbs: arch, fingerprint, compile, load and shape."""
+"""The two targets. Both modules have the same verbs, from `arch` and `fingerprint` to `load`."""
 
 from __future__ import annotations
 

@@ -149,18 +149,19 @@ class Kernel:
         )  # fmt: skip
 
 
-def load(binary: bytes, symbol: str, lanes: int, device: int) -> Kernel:
-    """Load a cubin (or PTX) into the context of `device`, from memory.
-
-    Raises MissingKernelError while a CUDA graph is captured: loading would end the capture.
-    """
-    from cupy_backends.cuda.api import driver
-
+def check_loadable(symbol: str) -> None:
+    """Raise MissingKernelError while a CUDA graph is captured: loading would end the capture."""
     if torch.cuda.is_current_stream_capturing():
         raise MissingKernelError(
             f"{symbol} is not loaded yet, and cannot be while a CUDA graph is captured. Run the"
             " same call once before the capture (`neuronjit-cache prebuild` spares the compiling)"
         )
+
+
+def load(binary: bytes, symbol: str, lanes: int, device: int) -> Kernel:
+    """Load a cubin (or PTX) into the context of `device`, from memory."""
+    from cupy_backends.cuda.api import driver
+
     with torch.cuda.device(device):
         _contexts.enter(device)
         module = driver.moduleLoadData(binary)
@@ -180,11 +181,13 @@ def shape(
     few threads and long chains the next rows must be on their way before the current ones are used.
     """
     k = steps_between_checkpoints(steps, states)
-    widest = max(8 // itemsize // states, 1)
+    widest = max(min(8 // itemsize, 4 // states), 1)
     if sequences > 1:
         widest = 1  # rows of several sequences at once want all registers
     lanes = 1
     while lanes < widest and aligned and n % (lanes * 2) == 0 and n // (lanes * 2) >= 132 * 512:
         lanes *= 2
-    few, forward = n // lanes < 132 * 1024, direction == "forward"
-    return Shape(k, lanes, min(k, 8) if forward and not few else k, steps > k and (few or forward))
+    few, very_few = (n // lanes < 132 * threads for threads in (1024, 512))
+    if direction == "forward":
+        return Shape(k, lanes, k if few else min(k, 8), steps > k and very_few)
+    return Shape(k, lanes, k, steps > k and few)
