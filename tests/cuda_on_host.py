@@ -1,0 +1,87 @@
+"""The CUDA kernels run by the host's compiler, one thread after another.
+
+Their ways through steps and lanes are checked so without a GPU. A process of its own, as it
+changes what the library renders.
+
+Usage: python cuda_on_host.py MODEL DTYPE STEPS... (the names of the oracle's models)
+"""
+
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from support import check, inputs, starts
+
+from neuronjit import rendering, source
+from neuronjit.targets import cpu, cuda
+
+SHIM = """
+#include <cmath>
+#include <cstring>
+#define __device__
+#define __forceinline__ inline
+#define __shared__ static
+static struct { unsigned x; } threadIdx, blockDim;
+static unsigned __float_as_uint(float a) { unsigned b; memcpy(&b, &a, 4); return b; }
+static float __uint_as_float(unsigned b) { float a; memcpy(&a, &b, 4); return a; }
+template <typename R> static R __shfl_down_sync(unsigned, R, int) { return R(0); }
+static void __syncthreads() {}
+#define OMP_FOR_
+"""
+# instructions of the GPU that have a word in C++
+WORDS = {
+    r"asm volatile\(\"\" ::: \"memory\"\);": "",
+    r"asm volatile\(\"prefetch[^;]*;[^;]*;": "(void)*(const volatile char*)from;",  # must be there
+    r"asm\(\"mul\.ftz\.f32[^;]*;[^;]*;": "most = fminf(abs_(b), 1.0f) * 3.4028e38f;",
+    r"asm\(\"rcp\.approx\.ftz\.f32[^;]*;[^;]*;": "r = 1.0f / b;",
+    r"asm\(\"cvt\.f32\.f16[^;]*;[^;]*;": "_Float16 h; memcpy(&h, &a, 2); r = h;",
+    r"asm\(\"cvt\.rn\.f16\.f32[^;]*;[^;]*;": "_Float16 h = a; memcpy(&r, &h, 2);",
+}
+
+
+def header(templates):
+    """The CUDA target's names, but for the entry: that is the host's, for a loop over neurons."""
+    entry = r"#define ENTRY_\((?:.*\\\n)*.*\n"
+    host = re.search(entry, (templates / "target_cpu.h.j2").read_text())
+    text = (templates / "target_cuda.h.j2").read_text()
+    assert host
+    text = re.sub(entry, lambda _: host[0], text)
+    for instruction, word in WORDS.items():
+        text, count = re.subn(instruction, lambda _, word=word: word, text)
+        assert count == 1, instruction
+    assert "asm" not in text.replace("#if __CUDA_ARCH__ >= 800\n    asm", ""), "a new instruction"
+    return SHIM + text
+
+
+def shape(direction, itemsize, states, sequences, n, steps, aligned):
+    """Few neurons as a GPU walks few, multiples of 4 as it walks very many."""
+    many = n << 14 if n % 4 == 0 else n
+    return cuda.shape(direction, itemsize, states, sequences, many, steps, aligned)
+
+
+def main(model, dtype, *steps):
+    templates = Path(tempfile.mkdtemp(prefix="neuronjit-tests-"))
+    shutil.copytree(source.templates(), templates, dirs_exist_ok=True)
+    (templates / "target_cpu.h.j2").write_text(header(source.templates()))
+    source.templates = rendering.templates = lambda: templates
+    cpu.shape = shape
+    cpu.FLAGS = tuple("-O0" if flag == "-O3" else flag for flag in cpu.FLAGS)
+    for t in map(int, steps):
+        for n in (5, 12):
+            x = inputs((t, n), getattr(torch, dtype), seed=t).requires_grad_()
+            real = torch.float64 if dtype == "float64" else torch.float32
+            state = {z: v.requires_grad_() for z, v in starts(model, (n,), real).items()}
+            learned = {}
+            if model == "PLIF":
+                learned = dict(reciprocal_tau=torch.tensor(0.6, requires_grad=True))
+            for record, given, arriving in (((), state, None), (("h",), None, ("s", "h_seq"))):
+                check(model, x, given, record=record, arriving=arriving, **learned)
+    shutil.rmtree(templates)
+    print("right")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,34 @@
+"""The CUDA kernels' ways through steps and lanes, run without a GPU against the oracle."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# steps on both sides of every group that is loaded or recomputed together
+STEPS = (0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 50, 100)
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "steps"),
+    [
+        ("LIF", "float32", STEPS),
+        ("IZHIKEVICH", "float32", STEPS),
+        ("LIF", "float16", (4, 17, 50)),
+        ("LIF", "bfloat16", (4, 17, 50)),
+        ("LIF", "float64", (4, 17, 50)),
+        ("PLIF", "float32", (4, 17, 50)),
+        ("EIF", "float32", (4, 17, 50)),
+        ("synaptic", "float32", (4, 17, 50)),
+        ("alpha", "float32", (4, 17, 50)),
+    ],
+)
+def test_the_oracle_agrees(model: str, dtype: str, steps: tuple[int, ...]) -> None:
+    script = Path(__file__).with_name("cuda_on_host.py")
+    command = [sys.executable, script, model, dtype, *map(str, steps)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.endswith("right\n")
