@@ -17,7 +17,7 @@ STEPS = (0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 50, 100)
     [
         ("LIF", "float32", STEPS),
         ("IZHIKEVICH", "float32", STEPS),
-        ("LIF", "float16", (4, 17, 50)),
+        ("LIF", "float16", STEPS),
         ("LIF", "bfloat16", (4, 17, 50)),
         ("LIF", "float64", (4, 17, 50)),
         ("PLIF", "float32", (4, 17, 50)),

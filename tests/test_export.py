@@ -158,7 +158,7 @@ def test_filters(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nothing_spills(arch: str, model: str) -> None:
     """All that a thread keeps fits its registers, at each of the shapes that sizes lead to."""
-    sizes = [(2**24, 4), (2**22, 16), (16384, 1000)]
+    sizes = [(2**24, 4), (2**22, 16), (2**18, 64), (16384, 1000)]
     for (neurons, steps), dtype in itertools.product(sizes, ("float32", "float16")):
         for direction in ("forward", "backward"):
             text = nj.render(model, direction=direction, dtype=dtype, steps=steps, neurons=neurons)

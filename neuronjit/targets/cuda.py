@@ -190,4 +190,4 @@ def shape(
     few, very_few = (n // lanes < 132 * threads for threads in (1024, 512))
     if direction == "forward":
         return Shape(k, lanes, k if few else min(k, 8), steps > k and very_few)
-    return Shape(k, lanes, k, steps > k and few)
+    return Shape(k, lanes, k, steps > k and few and lanes <= 2)
