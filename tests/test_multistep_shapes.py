@@ -60,6 +60,22 @@ def test_many_neurons(n: int, dtype: torch.dtype, device: str) -> None:
     check("LIF", x, with_grad(starts("LIF", (n,))), device=device, record=("v",), tau=tau)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("model", "dtype", "n"),
+    [
+        ("LIF", torch.float32, 2**18),
+        ("LIF", torch.float16, 2**18),
+        ("LIF", torch.bfloat16, 2**19),
+        ("IZHIKEVICH", torch.float32, 2**18),
+    ],
+)
+def test_many_neurons_and_steps(model: str, dtype: torch.dtype, n: int) -> None:
+    """Several groups of steps, two and four neurons a thread: sequences besides s take one."""
+    x = inputs((18, n), dtype).requires_grad_()
+    check(model, x, device="cuda", record=(), arriving=("s",))
+
+
 @each_device
 @pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 2, 3), (4, 2, 3, 5), (3, 2, 1, 3, 2)])
 def test_any_dimensions(shape: tuple[int, ...], device: str) -> None:
