@@ -178,7 +178,8 @@ def shape(
     """Lanes, checkpoint distance and loads in flight for `n` neurons and `steps` time steps.
 
     Measured on an H100: wide accesses pay while there are enough threads to fill the device; with
-    few threads and long chains the next rows must be on their way before the current ones are used.
+    few threads and long chains the next rows must be on their way before the current ones are used
+    (forward, that pays below half as many). Four lanes leave no registers for rows ahead.
     """
     k = steps_between_checkpoints(steps, states)
     widest = max(min(8 // itemsize, 4 // states), 1)
