@@ -63,24 +63,27 @@ def shape(direction, itemsize, states, sequences, n, steps, aligned):
 
 
 def main(model, dtype, *steps):
-    templates = Path(tempfile.mkdtemp(prefix="neuronjit-tests-"))
-    shutil.copytree(source.templates(), templates, dirs_exist_ok=True)
-    (templates / "target_cpu.h.j2").write_text(header(source.templates()))
-    source.templates = rendering.templates = lambda: templates
-    cpu.shape = shape
-    cpu.FLAGS = tuple("-O0" if flag == "-O3" else flag for flag in cpu.FLAGS)
-    for t in map(int, steps):
-        for n in (5, 12):
-            x = inputs((t, n), getattr(torch, dtype), seed=t).requires_grad_()
-            real = torch.float64 if dtype == "float64" else torch.float32
-            state = {z: v.requires_grad_() for z, v in starts(model, (n,), real).items()}
-            learned = {}
-            if model == "PLIF":
-                learned = dict(reciprocal_tau=torch.tensor(0.6, requires_grad=True))
-            for record, given, arriving in (((), state, None), (("h",), None, ("s", "h_seq"))):
-                check(model, x, given, record=record, arriving=arriving, **learned)
-    shutil.rmtree(templates)
+    with tempfile.TemporaryDirectory(prefix="neuronjit-tests-") as folder:
+        templates = shutil.copytree(source.templates(), Path(folder, "templates"))
+        (templates / "target_cpu.h.j2").write_text(header(source.templates()))
+        source.templates = rendering.templates = lambda: templates
+        cpu.shape = shape
+        cpu.FLAGS = tuple("-O0" if flag == "-O3" else flag for flag in cpu.FLAGS)
+        for t in map(int, steps):
+            for n in (5, 12):
+                compare(model, getattr(torch, dtype), t, n)
     print("right")
+
+
+def compare(model, dtype, t, n):
+    x = inputs((t, n), dtype, seed=t).requires_grad_()
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    state = {z: v.requires_grad_() for z, v in starts(model, (n,), real).items()}
+    learned = {}
+    if model == "PLIF":
+        learned = dict(reciprocal_tau=torch.tensor(0.6, requires_grad=True))
+    check(model, x, state, record=(), **learned)
+    check(model, x, record=("h",), arriving=("s", "h_seq"), **learned)
 
 
 if __name__ == "__main__":
