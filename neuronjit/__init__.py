@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import engine, functional, neuron_kernel, neurons, nn, surrogates
+from .autograd import Output, multistep
 from .errors import (
     BackendError,
     BundleError,
@@ -15,7 +16,6 @@ from .errors import (
     SpecError,
 )
 from .export import render, save_cuda_codes
-from .multistep import Output, multistep
 from .neuron_kernel import (
     multistep_eif_ptt,
     multistep_if_ptt,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +12,8 @@ from torch.nn import Parameter
 
 from .errors import DifferentiationError, InputTypeError, SpecError, known
 from .neurons import NeuronModel
+from .settings import warn
+from .torch_private import is_zero_tensor, transformed
 
 DTYPES = {
     torch.float32: "float32",
@@ -20,6 +21,7 @@ DTYPES = {
     torch.bfloat16: "bfloat16",
     torch.float64: "float64",
 }
+MOST_STEPS = 2**31 - 1  # T is an int in kernels
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -28,7 +30,7 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_input(x: Any) -> None:
-    """Whether x can be an input sequence. Raises InputTypeError, SpecError."""
+    """Raise InputTypeError or SpecError if x cannot be an input sequence."""
     if not isinstance(x, Tensor):
         raise InputTypeError(f"x_seq must be a torch.Tensor, got {type(x).__name__}")
     check_class("x_seq", x)
@@ -37,11 +39,17 @@ def check_input(x: Any) -> None:
             f"x_seq must be floating point, one of {', '.join(DTYPES.values())}, got {x.dtype};"
             " use x_seq.float()"
         )
-    if x.layout != torch.strided or x.is_nested:
-        layout = "nested" if x.is_nested else x.layout
-        raise InputTypeError(f"x_seq must be a dense tensor, got {layout}; use .to_dense()")
+    _check_dense("x_seq", x)
     if not x.dim():
         raise SpecError("x_seq needs a time dimension: [T, N, *], got a 0-dim tensor")
+    if isinstance(x.shape[0], int) and x.shape[0] > MOST_STEPS:
+        raise SpecError(f"x_seq has {x.shape[0]} time steps; at most {MOST_STEPS} are possible")
+
+
+def _check_dense(label: str, value: Tensor) -> None:
+    if value.is_nested or value.layout != torch.strided:
+        layout = "a nested one" if value.is_nested else str(value.layout)
+        raise InputTypeError(f"{label} must be a dense tensor, got {layout}; use .to_dense()")
 
 
 def is_traced(*values: Any) -> bool:
@@ -51,7 +59,10 @@ def is_traced(*values: Any) -> bool:
 
 
 def check_class(label: str, value: Tensor) -> None:
-    """Whether a tensor is no subclass with a meaning of its own, which kernels would ignore."""
+    """Raise InputTypeError for subclasses other than Parameter.
+
+    Kernels read raw memory and would ignore what the subclass means.
+    """
     if type(value) is not Tensor and not isinstance(value, Parameter) and not is_traced(value):
         raise InputTypeError(
             f"{label} must be a plain torch.Tensor, got {type(value).__name__};"
@@ -59,16 +70,42 @@ def check_class(label: str, value: Tensor) -> None:
         )
 
 
+def no_transforms(reason: str) -> DifferentiationError:
+    """The error for transforms of torch.func, which would look into kernels."""
+    return DifferentiationError(
+        "the kernels have no rules for torch.func (vmap, grad, jvp, ...) and batched gradients;"
+        f" use backend='eager', or torch.autograd.grad ({reason[:80]})"
+    )
+
+
+def check_memory(labels: Iterable[str], tensors: Iterable[Tensor]) -> None:
+    """Raise SpecError, by name, if a tensor has no memory: its address would mean "not given"."""
+    for label, tensor in zip(labels, tensors, strict=True):
+        if tensor.numel() and not tensor.data_ptr():
+            if transformed():
+                raise no_transforms(f"{label} has no memory of its own")
+            zero = " (it is a zero tensor of torch: use .clone())" if is_zero_tensor(tensor) else ""
+            raise SpecError(
+                f"{label} has no memory of its own{zero}: its storage was freed, or a transform of"
+                " torch stands in for it; give it memory, or use backend='eager'"
+            )
+
+
 def check_no_tangents(*tensors: Tensor) -> None:
-    """Whether no derivative goes forward through the call: kernels would drop it silently."""
+    """Raise DifferentiationError if a derivative goes forward through the call.
+
+    Kernels would drop it silently.
+    """
     if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise DifferentiationError(
             "the kernels have no forward-mode derivative (jvp); use backend='eager'"
         )
 
 
-def check_names(model: NeuronModel, reset: Any, state: Any, params: Mapping[str, Any]) -> None:
-    """Whether the model has these states and parameters, and there is such a reset."""
+def check_names(
+    model: NeuronModel, reset: Any, state: Mapping[Any, Any], params: Mapping[str, Any]
+) -> None:
+    """Raise SpecError unless the model has these states and parameters, and there is this reset."""
     if not isinstance(reset, str) or reset not in ("hard", "soft"):
         raise SpecError(f"unknown reset {ascii(reset)[:80]}. {known(['hard', 'soft'])}")
     for name in params:
@@ -76,12 +113,6 @@ def check_names(model: NeuronModel, reset: Any, state: Any, params: Mapping[str,
             raise SpecError(
                 f"unknown parameter '{name}' of model '{model.name}'. {known(model.params)}"
             )
-    if state is None:
-        return
-    if not isinstance(state, Mapping):
-        raise InputTypeError(
-            f"state must be a mapping from names to tensors or numbers, got {type(state).__name__}"
-        )
     for name in state:
         if name not in model.state:
             raise SpecError(
@@ -89,31 +120,29 @@ def check_names(model: NeuronModel, reset: Any, state: Any, params: Mapping[str,
             )
 
 
-def settle(
-    model: NeuronModel, x: Any, state: Any, reset: Any, record: Any, params: dict[str, Any]
-) -> tuple[str, tuple[str, ...], dict[str, Any]]:
-    """The reset, the names to record and the parameters of a call, once its names are checked.
-
-    v_reset=None is soft reset; with soft reset, v_reset is 0 unless it is given.
-    """
-    check_input(x)
-    check_names(model, reset, state, params)
-    if params.get("v_reset", 0.0) is None:
-        reset, params = "soft", {**params, "v_reset": 0.0}
-    elif reset == "soft":
-        params = {"v_reset": 0.0, **params}
-    return reset, check_record(model, record), params
-
-
-def check_record(model: NeuronModel, record: Any) -> tuple[str, ...]:
-    """The names to record, in one order."""
-    if not isinstance(record, str | Iterable):
-        raise InputTypeError(f"record must be names, got {type(record).__name__}")
-    record = (record,) if isinstance(record, str) else tuple(record)
+def check_record(model: NeuronModel, record: tuple[Any, ...]) -> tuple[str, ...]:
+    """The names to record in the model's order. Raises SpecError."""
     for name in record:
         if name != "h" and name not in model.state:
             raise SpecError(f"cannot record {ascii(name)[:80]}. {known([*model.state, 'h'])}")
     return tuple(name for name in (*model.state, "h") if name in record)
+
+
+def as_flag(label: str, value: Any) -> bool:
+    """True or False, if it is one. Raises InputTypeError."""
+    if isinstance(value, bool):
+        return value
+    if type(value).__name__ in ("int", "bool_", "bool") and value in (0, 1):  # numpy's bool too
+        return bool(value)
+    raise InputTypeError(f"{label} must be True or False, got {ascii(value)[:80]}")
+
+
+def check_value(model: NeuronModel, name: str, value: Any, x: Tensor) -> float | Tensor:
+    """What was given for a state or parameter: its tensor or number. Raises what says why not."""
+    if isinstance(value, Tensor):
+        check_tensor(model, name, value, x)
+        return value
+    return check_number(model, name, value, x.dtype)
 
 
 def check_number(model: NeuronModel, name: str, value: Any, dtype: torch.dtype) -> float:
@@ -135,23 +164,27 @@ def check_number(model: NeuronModel, name: str, value: Any, dtype: torch.dtype) 
     return number
 
 
-def check_reset(reset: str, numbers: Mapping[str, float]) -> None:
+def check_reset(reset: str, values: Mapping[str, Any]) -> None:
     """Warn of a hard reset to where the neuron fires again."""
-    threshold, back = numbers.get("v_threshold"), numbers.get("v_reset")
-    if reset == "hard" and threshold is not None and back is not None and back >= threshold:
-        warnings.warn(
-            f"v_reset={back} is not below v_threshold={threshold}: a neuron that fired fires again",
-            stacklevel=4,
+    threshold, back = values.get("v_threshold"), values.get("v_reset")
+    if reset == "hard" and isinstance(threshold, float) and isinstance(back, float):
+        if back < threshold:
+            return
+        warn(
+            f"v_reset={back} is not below v_threshold={threshold}: a neuron that fired fires again"
         )
 
 
+def label_of(model: NeuronModel, name: str) -> str:
+    """What errors call a state or parameter."""
+    return f"{name}_init" if name in model.state else name
+
+
 def check_tensor(model: NeuronModel, name: str, value: Tensor, x: Tensor) -> None:
-    """Whether a tensor can be an initial state or a parameter for x. Raises what says why not."""
-    is_state = name in model.state
-    label = f"{name}_init" if is_state else name
+    """Raise what says why a tensor cannot be an initial state or a parameter for x."""
+    is_state, label = name in model.state, label_of(model, name)
     check_class(label, value)
-    if value.layout != torch.strided:
-        raise InputTypeError(f"{label} must be a dense tensor, got {value.layout}")
+    _check_dense(label, value)
     if not value.dtype.is_floating_point:
         raise InputTypeError(f"{label} must be floating point, got {value.dtype}")
     if value.device != x.device:

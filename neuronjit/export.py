@@ -14,7 +14,7 @@ from . import neurons, targets
 from .errors import SpecError, known
 from .neurons import NeuronModel
 from .rendering import render_specs
-from .source import ITEMSIZE, KernelSpec, spec_of
+from .source import ITEMSIZE, KernelSpec
 from .surrogates import ATan
 
 
@@ -29,7 +29,10 @@ def render(
     dtype: str = "float32",
     steps: int = 16,
     neurons: int = 1 << 20,
-    **options: Any,
+    record: Iterable[str] = (),
+    learned: Iterable[str] = (),
+    per_neuron: Iterable[str] = (),
+    sequences: Iterable[str] | None = None,
 ) -> str:
     """The source of a model's kernels, to read: what a call of this size would compile.
 
@@ -40,18 +43,31 @@ def render(
         surrogate, reset, detach_reset: as for `neuronjit.multistep`.
         dtype: of the sequences, "float32", "float64", "float16" or "bfloat16".
         steps, neurons: T and N of the call.
-        **options: further fields of `KernelSpec`, e.g. `learned=("tau",)`.
+        record: names of sequences that forward returns besides the spikes; backward, gradients
+            arrive at them and at the spikes.
+        learned: parameters whose gradient is wanted.
+        per_neuron: parameters that are tensors over neurons.
+        sequences: with a direction, exactly the sequences that forward records, or whose gradients
+            arrive in backward, "s" among them, in place of `record`.
 
     Raises:
         SpecError: an unknown name, and which are known.
     """
+    if sequences is not None and direction is None:
+        raise SpecError("sequences= belongs to one direction: say which, or use record=")
     specs = []
     for each in ("forward", "backward") if direction is None else (direction,):
-        choices = model, target, each, surrogate, reset, detach_reset, dtype
-        spec = spec_of(*choices, **options)
+        if sequences is None:
+            names: Iterable[str] = ("s", *record) if each == "backward" else tuple(record)
+        else:
+            names = sequences
+        spec = KernelSpec.of(
+            model, target, each, surrogate, reset, detach_reset, dtype,
+            per_neuron=per_neuron, learned=learned, sequences=names,
+        )  # fmt: skip
         counts = ITEMSIZE[spec.dtype], len(spec.model.state), len(spec.sequences)
         shape = targets.by_name(target).shape(each, *counts, neurons, steps, True)
-        specs.append(replace(spec, **{**shape._asdict(), **options}))
+        specs.append(replace(spec, **shape._asdict()))
     return render_specs(specs)
 
 
@@ -125,9 +141,20 @@ def _export(
             learned = ("reciprocal_tau",) if plif else ()
             for surrogate, detach in itertools.product(surrogates, detach_resets):
                 choices = variant, "cuda", direction, surrogate, reset, detach, dtype
-                specs[spec_of(*choices, learned=learned, steps=4, loads=4)] = None
+                sequences = ("s",) if direction == "backward" else ()
+                spec = KernelSpec.of(
+                    *choices, learned=learned, sequences=sequences, steps=4, loads=4
+                )
+                specs[spec] = None
     if not specs:
         raise SpecError(f"these choices leave no kernel to write. {known(SEED_NEURONS)}")
+    symbols: dict[str, KernelSpec] = {}
+    for spec in specs:
+        if symbols.setdefault(spec.symbol, spec) is not spec:
+            which = f"models '{spec.model.name}'"
+            if spec.model == symbols[spec.symbol].model and spec.surrogate:
+                which = f"surrogates '{spec.surrogate.name}'"
+            raise SpecError(f"two different {which} have one name: give each its own")
     return list(specs)
 
 

@@ -286,3 +286,10 @@ def _finite(text: str, node: ast.expr, value: Callable[[], float]) -> Node:
 def small_power(node: Node) -> bool:
     """x**2 and x**3 are products on every target, hence exact; other powers are the library's."""
     return node.op == "**" and node.args[1].op == "number" and node.args[1].value in (2.0, 3.0)
+
+
+def plain(text: str) -> list[str]:
+    """Equations that were checked, a statement a line, without comments, quotes or backslashes."""
+    lines = text.splitlines()
+    indent = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
+    return ast.unparse(ast.parse("\n".join(line[indent:] for line in lines))).splitlines()

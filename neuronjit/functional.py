@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from . import neurons
-from .multistep import Output, multistep
+from .autograd import Output, multistep
 
 Number = float | Tensor
 

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from .errors import EquationError, InputTypeError, SpecError, known
-from .expressions import Node, Statement, check_label, check_name, name, number, parse_block
+from .expressions import Node, Statement, check_label, check_name, name, number, parse_block, plain
 
 _RESERVED = {
     "x": "the input",
@@ -79,10 +79,11 @@ class NeuronModel:
             self.strict, self.positive,
         )  # fmt: skip
         self._hash = hash(self._identity)
-        described = ("name", "equations", "state", "params", "strict")
+        described = ("name", "state", "params", "strict")
         # what a compiled graph holds of the model: a constant, readable in any other process
         self.token = json.dumps(
-            {k: getattr(self, k) for k in described} | {"positive": sorted(self.positive)}
+            {k: getattr(self, k) for k in described}
+            | {"equations": plain(equations), "positive": sorted(self.positive)}
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

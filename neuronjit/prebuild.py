@@ -12,7 +12,7 @@ import torch
 
 from . import cache, engine, manifest, neurons, targets
 from .errors import NeuronJitError, SpecError
-from .source import ITEMSIZE, TARGETS, KernelSpec, spec_of
+from .source import ITEMSIZE, TARGETS, KernelSpec
 from .surrogates import as_surrogate
 
 Job = tuple[KernelSpec, str]  # with the architecture to compile for
@@ -131,10 +131,9 @@ def choices(
         options = {"forward": [(), recorded], "backward": [("s",), ("s", *recorded)]}
         for direction in options:
             for names in options[direction]:
-                spec = spec_of(
+                spec = KernelSpec.of(
                     model, target, direction, surrogate, reset, detach_reset, dtype,
-                    sequences=names, per_neuron=wide,
-                    learned=learned if direction == "backward" else (),
+                    sequences=names, per_neuron=wide, learned=learned,
                 )  # fmt: skip
                 chosen.update(dict.fromkeys(every_shape(spec, target)))
     return list(chosen)

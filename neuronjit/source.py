@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pkgutil
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from importlib import metadata
@@ -20,9 +21,11 @@ STORAGE = {"float32": "float", "float64": "double", "float16": "half_t", "bfloat
 TARGETS = ("cuda", "cpu")
 DIRECTIONS = ("forward", "backward")
 RESETS = ("hard", "soft", "own")
-RENDERERS = (  # the files whose code decides a rendered text
+RENDERERS = (  # the files whose code decides a rendered text: all that `rendering` imports
     "expressions.py", "derivatives.py", "printing.py", "rendering.py", "neurons.py", "source.py",
+    "surrogates.py",
 )  # fmt: skip
+MOST = 256  # steps, lanes and loads become code that many times over
 CUDA_BLOCK = 128  # threads; small, so that short rows still spread over all multiprocessors
 
 
@@ -48,10 +51,78 @@ class KernelSpec:
     prefetch: bool = False  # load the rows of the next steps before the current ones are used
 
     def __post_init__(self) -> None:
+        """Raise SpecError for all that no call would use: what is shown or built ahead is used."""
         choices = dict(target=TARGETS, direction=DIRECTIONS, dtype=STORAGE, reset=RESETS)
         for field, allowed in choices.items():
             if (given := getattr(self, field)) not in allowed:
                 raise SpecError(f"unknown {field} {ascii(given)[:80]}. {known(allowed)}")
+        model, backward = self.model, self.direction == "backward"
+        if (self.reset == "own") != model.own_reset:
+            raise SpecError(f"reset {self.reset!r} does not fit model '{model.name}'")
+        wanted = backward or not self.spiking
+        if (self.surrogate is not None) != wanted:
+            how = "needs a surrogate" if wanted else "evaluates no surrogate"
+            raise SpecError(f"a {self.direction} kernel with spiking={self.spiking} {how}")
+        if self.surrogate is not None:
+            if self.surrogate != self.surrogate.form:
+                raise SpecError("the surrogate's numbers are arguments: a kernel has its form")
+            if not self.spiking and self.surrogate.primitive is None:
+                raise SpecError(f"surrogate '{self.surrogate.name}' has no primitive")
+        if not backward and (self.detach_reset or self.learned):
+            raise SpecError("detach_reset and learned parameters concern backward kernels only")
+        readable = (*(("s",) if backward else ()), *model.state, "h")
+        for field, names in (
+            ("per_neuron", model.params), ("learned", model.params), ("sequences", readable),
+        ):  # fmt: skip
+            given = getattr(self, field)
+            if given != in_order(given, names, field):
+                raise SpecError(f"{field} must be in the model's order, got {given}")
+        for field in ("steps", "lanes", "loads"):
+            number = getattr(self, field)
+            if type(number) is not int or not 1 <= number <= MOST or number & (number - 1):
+                raise SpecError(
+                    f"{field} must be a power of two from 1 to {MOST}, got {ascii(number)[:80]}"
+                )
+        if self.loads > self.steps:
+            raise SpecError(f"loads={self.loads} must be at most steps={self.steps}")
+
+    @classmethod
+    def of(
+        cls,
+        model: NeuronModel | str,
+        target: str,
+        direction: str,
+        surrogate: Any,
+        reset: str,
+        detach_reset: bool,
+        dtype: str,
+        *,
+        per_neuron: Iterable[str] = (),
+        learned: Iterable[str] = (),
+        sequences: Iterable[str] = (),
+        **shape: Any,
+    ) -> KernelSpec:
+        """The kernel that a call with these choices uses in this direction.
+
+        What does not concern the direction is left out: forward has no slope, nothing is learned.
+        """
+        model, surrogate = as_model(model), as_surrogate(surrogate)
+        backward = direction == "backward"
+        readable = (*(("s",) if backward else ()), *model.state, "h")
+        return cls(
+            model,
+            target,
+            direction,
+            str(dtype).removeprefix("torch."),
+            "own" if model.own_reset and reset in ("hard", "soft") else reset,
+            surrogate=surrogate.form if backward or not surrogate.spiking else None,
+            spiking=surrogate.spiking,
+            detach_reset=bool(detach_reset) and backward,
+            per_neuron=in_order(per_neuron, model.params, "per_neuron"),
+            learned=in_order(learned, model.params, "learned") if backward else (),
+            sequences=in_order(sequences, readable, "sequences"),
+            **shape,
+        )
 
     @cached_property
     def summed(self) -> tuple[str, ...]:
@@ -142,32 +213,9 @@ def surrogate_arguments(spec: KernelSpec) -> list[str]:
     return list(spec.surrogate.params) if spec.surrogate else []
 
 
-def spec_of(
-    model: NeuronModel | str,
-    target: str,
-    direction: str,
-    surrogate: Any,
-    reset: str,
-    detach_reset: bool,
-    dtype: str,
-    **options: Any,
-) -> KernelSpec:
-    """The spec that a call with these choices would select, its sizes apart."""
-    model, surrogate = as_model(model), as_surrogate(surrogate)
-    names = {f.name for f in fields(KernelSpec)}
-    if unknown := options.keys() - names:
-        raise SpecError(f"unknown option {sorted(unknown)}. {known(names)}")
-    backward = direction == "backward"
-    if backward:
-        options.setdefault("sequences", ("s",))
-    return KernelSpec(
-        model,
-        target,
-        direction,
-        str(dtype).removeprefix("torch."),
-        "own" if model.own_reset else reset,
-        surrogate=surrogate.form if backward or not surrogate.spiking else None,
-        spiking=surrogate.spiking,
-        detach_reset=detach_reset and backward,
-        **options,
-    )
+def in_order(names: Iterable[str], allowed: Iterable[str], what: str) -> tuple[str, ...]:
+    """These names in the order of `allowed`. Raises SpecError for others, and for one twice."""
+    given, allowed = [names] if isinstance(names, str) else [*names], [*allowed]
+    if len(set(map(ascii, given))) < len(given) or any(name not in allowed for name in given):
+        raise SpecError(f"{what}: {ascii(given)[:80]} is not a choice of names. {known(allowed)}")
+    return tuple(name for name in allowed if name in given)

@@ -14,7 +14,7 @@ from typing import Any
 
 from .derivatives import derivative
 from .errors import InputTypeError, SpecError, known
-from .expressions import Node, check_label, check_name, parse_expression
+from .expressions import Node, check_label, check_name, parse_expression, plain
 
 
 class Surrogate:
@@ -56,7 +56,9 @@ class Surrogate:
         self.form = self
         self._identity = (name, derivative, primitive, tuple(self.params))
         self._hash = hash(self._identity)
-        self.token = json.dumps(self._identity)  # as a model's; numbers are no part of it
+        # as a model's; numbers are no part of it
+        slope, smooth = plain(derivative.strip()), primitive and plain(primitive.strip())
+        self.token = json.dumps([name, slope, smooth, list(self.params)])
         self._set(params or {}, spiking)
 
     def _set(self, params: Mapping[str, Any], spiking: bool) -> None:

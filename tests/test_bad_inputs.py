@@ -321,16 +321,13 @@ def test_cxx_with_flags_and_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 VERSION = 'case "$*" in *--version*) echo "fake g++ 13"; exit 0;; esac'
 
 
-@pytest.mark.parametrize("backend", ["cpu", None])
-def test_failing_compiler(
-    tmp_path: Path, backend: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own words, the source's path, and nothing kept: it works once the cause is gone."""
     cxx = compiler(tmp_path, f'{VERSION}\necho "fatal: the moon is in the wrong phase" >&2; exit 1')
     monkeypatch.setenv("CXX", cxx)
     for _ in range(2):
         with pytest.raises(nj.CompileError, match="the moon is in the wrong phase") as caught:
-            call_of(-1 if backend else -2, backend)
+            call_of(-1)
         words = [word.strip(";:,()'") for word in str(caught.value).split()]
         sources = [Path(w) for w in words if w.endswith(".cpp") and Path(w).exists()]
         assert sources, f"no readable source is named in: {caught.value}"
@@ -338,8 +335,40 @@ def test_failing_compiler(
         sources[0].unlink()
     compiler(tmp_path, f'{VERSION}\nexec g++ "$@"')
     before = nj.engine.stats()["compiled"]
-    assert call_of(-1 if backend else -2, backend) == GOOD
+    assert call_of(-1) == GOOD
     assert nj.engine.stats()["compiled"] == before + 1
+
+
+def test_failing_compiler_in_auto_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager, forward and backward, with one warning at the user's line; the compiler rests then."""
+    log = tmp_path / "log"
+    script = f'{VERSION}\necho x >> "{log}"; echo "fatal: the wrong phase" >&2; exit 1'
+    monkeypatch.setenv("CXX", compiler(tmp_path, script))
+    model = nj.NeuronModel("phase", "h = v * 0.5 + x + 0 * 3", state={"v": 0.0})
+    x, grads = torch.full((3, 4), 0.75, requires_grad=True), []
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for backend in ("auto", "auto", "eager"):
+            out = nj.multistep(model, x, backend=backend)
+            grads.append(torch.autograd.grad(out.spikes.sum() + out.state["v"].sum(), x)[0])
+    assert torch.equal(grads[0], grads[2]) and torch.equal(grads[1], grads[2])
+    (warning,) = warned
+    assert warning.filename == __file__ and "eager" in str(warning.message)
+    assert log.read_text().count("x") == 1
+
+
+def test_a_backward_that_cannot_be_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel of forward is there and that of backward cannot be had: eager goes back."""
+    model = nj.NeuronModel("halfway", "h = v * 0.5 + x + 0 * 5", state={"v": 0.0})
+    x = torch.full((3, 4), 0.75, requires_grad=True)
+    spikes = nj.multistep(model, x).spikes
+    (want,) = torch.autograd.grad(nj.multistep(model, x, backend="eager").spikes.sum(), x)
+    monkeypatch.setenv("CXX", compiler(tmp_path, f"{VERSION}\necho 'fatal: half' >&2; exit 1"))
+    with pytest.warns(UserWarning, match="eager"):
+        (grad,) = torch.autograd.grad(spikes.sum(), x)
+    assert torch.equal(grad, want)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from support import each_device, inputs, library_model
 from torch import Tensor
 
 import neuronjit as nj
-from neuronjit import operators
+from neuronjit import graph
+from neuronjit.call import Call
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(TF32|deprecated|isinstance_treespec)")
 
@@ -292,13 +293,13 @@ def test_checkpointing_and_autocast_inside() -> None:
 
 def arguments(
     model: str, x: Tensor, tensors: dict[str, Tensor], *, record: Sequence[str] = (),
-    final: bool = True, spiking: bool = True, backend: str = "", save: bool = True,
+    final: bool = True, spiking: bool = True, backend: str | None = None, save: bool = True,
 ) -> tuple[Any, ...]:  # fmt: skip
     own, surrogate = library_model(model), nj.surrogates.ATan(spiking=spiking)
     numbers = [v for n, v in {**own.state, **own.params}.items() if n not in tensors]
-    call = [operators.FORMAT, own.token, surrogate.token, "spiking" if spiking else "", "hard", ""]
-    call += [",".join(record), "final" if final else "", backend, ",".join(tensors), ""]
-    return x, list(tensors.values()), [*numbers, *surrogate.values], save, "\n".join(call)
+    call = Call(own, surrogate, "hard", False, tuple(record), final, "auto")
+    text = graph.to_text(call, backend, list(tensors), [])
+    return x, list(tensors.values()), [*numbers, *surrogate.values], save, text
 
 
 def wanted(tensor: Tensor) -> Tensor:
@@ -382,7 +383,7 @@ def test_an_exported_program_runs_in_another_process(tmp_path: Path) -> None:
     torch.export.save(program, tmp_path / "net.pt2")
     torch.save((x, net(x).detach()), tmp_path / "data.pt")
     code = (
-        "import torch, neuronjit.operators\n"
+        "import torch, neuronjit.graph\n"
         "x, want = torch.load('data.pt')\n"
         "assert torch.equal(torch.export.load('net.pt2').module()(x), want)\n"
     )
@@ -396,10 +397,40 @@ def test_an_exported_program_runs_in_another_process(tmp_path: Path) -> None:
 
 def test_operators_of_another_version_are_refused() -> None:
     x, tensors, numbers, save, call = OPERATORS["plain"]()
-    with pytest.raises(nj.SpecError, match="neuronjit 0"):
-        torch.ops.neuronjit.forward(
-            x, tensors, numbers, save, "neuronjit 0" + call[len("neuronjit 1") :]
-        )
+    older = call.replace(f'"neuronjit": {graph.VERSION}', '"neuronjit": 1')
+    for text, version in ((older, r"\(1\)"), ("neuronjit 1\n{}", "older"), ("[]", "older")):
+        with pytest.raises(nj.SpecError, match=f"another version.*{version}"):
+            torch.ops.neuronjit.forward(x, tensors, numbers, save, text)
+
+
+REMARKED = r'''
+    # don't stop ''' + "'''" + r''' here: */ \n " \
+    h = v + \
+        (x
+         - 0.5 * v)  # a "quoted" `remark` */
+'''  # fmt: skip
+
+
+def test_the_text_in_a_graph_can_stand_in_any_comment() -> None:
+    """Inductor copies it into comments of Triton and C++: a line end or a quote would end them."""
+    model = nj.NeuronModel("remarked", REMARKED, state={"v": 0.0})
+    slope = "where(u < 0, alpha, 1)  # it's \\n"
+    surrogate = nj.Surrogate("remarked", slope, "alpha * u  # '''", dict(alpha=1.0))
+    seen = []
+
+    def look(module: torch.fx.GraphModule, _: Any) -> Any:
+        seen.extend(a for n in module.graph.nodes for a in n.args if isinstance(a, str))
+        return module
+
+    def run(x: Tensor) -> Tensor:
+        return nj.multistep(model, x, surrogate=surrogate, record=("v", "h")).spikes
+
+    x = inputs((5, 3)).requires_grad_()
+    torch.compile(run, fullgraph=True, backend=look)(x)
+    (text,) = seen
+    assert text.isascii() and text.isprintable() and not set(text) & set("\\'`#")
+    assert "*/" not in text and "//" not in text
+    same(compiled(run, "inductor"), run, x)
 
 
 def test_a_second_derivative_of_an_operator_is_a_clear_error() -> None:

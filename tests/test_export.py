@@ -15,7 +15,7 @@ import neuronjit as nj
 from neuronjit import cache
 from neuronjit.export import SEED_SURROGATES
 from neuronjit.rendering import render_specs
-from neuronjit.source import KernelSpec, spec_of
+from neuronjit.source import KernelSpec
 from neuronjit.targets import cpu, cuda
 
 ARCHS = ("sm_75", "sm_90")
@@ -77,7 +77,7 @@ def test_nvrtc_compiles_the_whole_default_export(arch: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("model", MODELS)
 def test_the_host_compiles_the_same_kernels(model: str, tmp_path: Path) -> None:
     specs = {
-        spec_of(model, "cpu", direction, surrogate, reset, detach, dtype, steps=4, lanes=64)
+        KernelSpec.of(model, "cpu", direction, surrogate, reset, detach, dtype, steps=4, lanes=64)
         for direction, surrogate, reset, detach, dtype in itertools.product(
             ("forward", "backward"), SEED_SURROGATES, ("hard", "soft"), (True, False),
             ("float32", "float16"),
@@ -98,7 +98,7 @@ def sample(target: str, count: int) -> list[KernelSpec]:
         )
         smooth = surrogate.primitive is not None and draw.random() < 0.4
         params, states, backward = [*model.params], [*model.state, "h"], direction == "backward"
-        spec = spec_of(
+        spec = KernelSpec.of(
             model, target, direction, surrogate(spiking=not smooth), draw.choice(("hard", "soft")),
             draw.random() < 0.5, draw.choice(("float32", "float64", "float16", "bfloat16")),
             per_neuron=tuple(p for p in params if draw.random() < 0.3),

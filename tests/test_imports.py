@@ -18,11 +18,10 @@ STACK = [
     "cli",
     "nn neuron_kernel integrations housekeeping bundle prebuild",
     "functional export",
-    "multistep",
-    "compiled",
-    "operators",
-    "calls",
-    "plan reference",
+    "autograd",
+    "graph",
+    "plan",
+    "call reference",
     "engine checks layout",
     "manifest",
     "targets rendering",
@@ -33,7 +32,7 @@ STACK = [
     "neurons surrogates",
     "derivatives printing",
     "expressions",
-    "errors terminal",
+    "errors terminal settings torch_private",
 ]
 RANK = {name: rank for rank, line in enumerate(reversed(STACK)) for name in line.split()}
 

@@ -12,7 +12,7 @@ from cachekit import BARE
 
 import neuronjit as nj
 from neuronjit import cli, engine, manifest, prebuild
-from neuronjit.source import KernelSpec, spec_of
+from neuronjit.source import KernelSpec
 
 ADEX = nj.NeuronModel(
     "adex",
@@ -33,7 +33,7 @@ LIKE_LIF = nj.NeuronModel("lif", "h = v * 0.5 + x", state=dict(v=0.0))  # not th
 
 def spec(model, target, direction, surrogate="atan", reset="hard", dtype="float32", **options):
     detach = options.pop("detach", False)
-    return spec_of(model, target, direction, surrogate, reset, detach, dtype, **options)
+    return KernelSpec.of(model, target, direction, surrogate, reset, detach, dtype, **options)
 
 
 SMOOTH = nj.surrogates.Sigmoid(alpha=3.0, spiking=False)
@@ -120,9 +120,9 @@ def test_a_file_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch):
 
 WRITER = f"""{BARE}
 from neuronjit import manifest
-from neuronjit.source import KernelSpec, spec_of
+from neuronjit.source import KernelSpec
 for steps in range(1, 33):
-    spec = spec_of("lif", "cpu", "forward", "atan", "hard", False, "float32", steps=steps)
+    spec = KernelSpec.of("lif", "cpu", "forward", "atan", "hard", False, "float32", steps=steps)
     manifest.record(spec, "x86-64-v" + sys.argv[1])
 """
 

@@ -37,7 +37,7 @@ def test_loops_over_lanes_vectorize(tmp_path: Path, kernel: tuple) -> None:
     if "clang" in Path(command[0]).name:
         pytest.skip(f"needs g++ for its report; CXX is {command[0]}")
     model, direction, dtype, surrogate, options = kernel
-    spec = source.spec_of(
+    spec = source.KernelSpec.of(
         model, "cpu", direction, surrogate, "hard", False, dtype,
         steps=16, lanes=cpu.LANES, **options,
     )  # fmt: skip

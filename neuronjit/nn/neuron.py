@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..autograd import Output, multistep
 from ..checks import check_number
 from ..errors import SpecError, known
-from ..multistep import Output, multistep
 from ..neurons import NeuronModel, as_model
 from ..surrogates import Sigmoid, Surrogate, as_surrogate
 
@@ -138,7 +138,7 @@ class Neuron(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Spikes, in x's shape and dtype; goes on from the state of the last call."""
         out = self._run(x, self._carried(x), ("v",) if self.store_v_seq else ())
-        self._memories = out.state
+        self._memories = dict(out.state)
         self._assigned.clear()
         if self.step_mode == "m":
             self.v_seq = out.record.get("v")
@@ -154,7 +154,7 @@ class Neuron(torch.nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(spikes, last state) from the state given, else the initial one; keeps nothing."""
         out = self._run(x, state or {}, ())
-        return (out.spikes if self.step_mode == "m" else out.spikes[0]), out.state
+        return (out.spikes if self.step_mode == "m" else out.spikes[0]), dict(out.state)
 
     def _run(self, x: Tensor, state: Mapping[str, Any], record: tuple[str, ...]) -> Output:
         if self.step_mode == "s" and isinstance(x, Tensor):

@@ -1,43 +1,41 @@
-"""The front end: find the plan for a call, run it, and differentiate it for autograd."""
+"""The front end: find the plan of a call, run it, and differentiate it for autograd."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import checks
-from .calls import (
+from .call import (
     Output,
-    eager_arguments,
-    keep,
-    plan_for,
-    run_eager,
+    as_backend,
+    as_names,
+    as_state,
+    glance,
+    key_of,
+    settle,
     signature,
-    split,
-    warn_slow,
-)  # fmt: skip
-from .errors import BackendError, DifferentiationError, NeuronJitError
-from .neurons import NeuronModel
-from .plan import Plan
+    tensors_of,
+)
+from .errors import BackendError, CompileError, DifferentiationError, NeuronJitError
+from .neurons import NeuronModel, as_model
+from .plan import EagerPlan, KernelPlan, backward, fall_back, keep, output, plan_for, plans
 from .surrogates import ATan, Surrogate, as_surrogate
+from .torch_private import direct_apply, has_tangents, is_batched, tracing, transformed
 
 __all__ = ["Output", "multistep"]
 
-_plans: dict[tuple[Any, ...], Plan] = {}
-
 
 def multistep(
-    model: NeuronModel,
+    model: NeuronModel | str,
     x_seq: Tensor,
     state: Mapping[str, Tensor | float] | None = None,
     *,
-    surrogate: Surrogate = ATan,
+    surrogate: Surrogate | Any = ATan,
     reset: str = "hard",
     detach_reset: bool = False,
     record: Sequence[str] = (),
@@ -48,7 +46,7 @@ def multistep(
     """Run `model` over all time steps of `x_seq` in one kernel, differentiably.
 
     Args:
-        model: a `NeuronModel`, e.g. `neuronjit.neurons.LIF`.
+        model: a `NeuronModel`, e.g. `neuronjit.neurons.LIF`, or the name of a built-in one.
         x_seq: input `[T, N, *]`, time first; float32, float16, bfloat16 or float64. Arithmetic is
             in float32 (float64 for float64).
         state: initial states by name, each a number or a floating tensor `[N, *]`; the model's own
@@ -60,7 +58,7 @@ def multistep(
         detach_reset: cut the gradient through the spike in the reset.
         record: names of sequences to return as well: any state, or "h", the charged membrane
             potential.
-        final_state: False leaves `state` empty, which saves writing it (a ninth of the traffic at
+        final_state: False returns no `state`, which saves writing it (a ninth of the traffic at
             T = 4).
         backend: "cuda", "cpu", "eager", or "auto" (the default; also NEURONJIT_BACKEND): the kernel
             for x_seq's device, else eager PyTorch with one warning.
@@ -76,81 +74,85 @@ def multistep(
         BackendError, CompileError, MissingKernelError: no kernel can be had.
     """
     if is_compiling():
-        return _by_operators(
+        return _in_a_graph(
             model, x_seq, state, surrogate, reset, detach_reset, record, final_state, backend,
             params,
         )  # fmt: skip
-    forced = backend or os.environ.get("NEURONJIT_BACKEND") or "auto"
+    # Normalised before anything is looked up: what is equal from here on means the same.
+    if type(model) is not NeuronModel:
+        model = as_model(model)
     if type(surrogate) is not Surrogate:
         surrogate = as_surrogate(surrogate)  # others may change: they are read at every call
+    if type(record) is not tuple:
+        record = as_names(record)
+    if type(state) is not dict:
+        state = as_state(state)
+    if backend is None:
+        backend = as_backend(None)
     tensors: list[Tensor] = []
     try:
         key = (
-            model, surrogate, reset, detach_reset, tuple(record), final_state, forced,
-            signature(x_seq), split(state, tensors) if state else None, split(params, tensors),
+            model, surrogate, reset, detach_reset, record, final_state, backend, signature(x_seq),
+            *glance(model.state, state, tensors), *glance(model.params, params, tensors),
         )  # fmt: skip
-        plan = _plans.get(key)
-    except (TypeError, AttributeError, RuntimeError):  # no tensor, or nothing to look up: see below
-        key, plan = None, None
+        plan = plans.get(key)
+    except (
+        TypeError,
+        AttributeError,
+        RuntimeError,
+    ):  # `settle` says what is wrong
+        key, plan = (), None
     if plan is None:
+        asked = (
+            model, x_seq, state, surrogate, reset, detach_reset, record, final_state, backend,
+            params,
+        )  # fmt: skip
         if checks.is_traced(x_seq, *tensors):  # FakeTensor and its like: shapes without numbers
-            return _by_operators(
-                model, x_seq, state, surrogate, reset, detach_reset, record, final_state, forced,
-                params,
-            )  # fmt: skip
-        ready = plan_for(
-            model, x_seq, state, surrogate, reset, detach_reset, record, final_state, forced, params
-        )
-        if not isinstance(ready[0], Plan):
-            return run_eager(*ready)
-        plan, tensors = ready
-        if key is not None:
-            keep(_plans, key, plan)
+            return _in_a_graph(*asked)
+        if tracing():
+            raise BackendError("torch.jit.trace sees no kernel; use torch.export or torch.compile")
+        call, values = settle(*asked)
+        tensors = tensors_of(values)
+        own = key_of(call, x_seq, values)
+        plan = plans.get(own) or keep(own, plan_for(call, x_seq, values))
+        if key:
+            keep(key, plan)
+    return run(plan, x_seq, tensors)
+
+
+def run(plan: KernelPlan | EagerPlan, x: Tensor, tensors: Sequence[Tensor]) -> Output:
+    """Run a plan; in eager PyTorch where its kernel cannot be had (see `fall_back`)."""
+    if isinstance(plan, EagerPlan):
+        return plan.run(x, tensors)
     try:
-        outputs = _run(plan, x_seq, tensors)
-    except BackendError as error:
-        if forced != "auto":
-            raise
-        warn_slow(error)
-        return run_eager(*eager_arguments(plan, x_seq, tensors))
+        return output(plan.call, _run(plan, x, tensors))
+    except (BackendError, CompileError) as error:
+        return fall_back(plan, error).run(x, tensors)
     except RuntimeError as error:
         _explain(error)
-    last = 1 + len(plan.final)
-    return Output(
-        outputs[0],
-        dict(zip(plan.final, outputs[1:last], strict=True)),
-        dict(zip(plan.record, outputs[last:], strict=True)) if plan.record else {},
-    )
 
 
-def _by_operators(*arguments: Any) -> Output:
-    from . import compiled  # registers operators: eager calls need none
+def _in_a_graph(*asked: Any) -> Output:
+    from . import graph  # registers operators: eager calls need none
 
-    return compiled.multistep(*arguments)
+    return graph.multistep(*asked)
 
 
 def _explain(error: RuntimeError) -> NoReturn:
     """Raise what stopped a kernel; in our words where it was a transform of torch.func."""
-    if isinstance(error, NeuronJitError) or not _transformed():
-        raise error
-    raise _no_transforms(str(error)) from None
+    if transformed() and not isinstance(error, NeuronJitError):
+        raise checks.no_transforms(str(error)) from None
+    raise error
 
 
-def _no_transforms(reason: str) -> DifferentiationError:
-    return DifferentiationError(
-        "the kernels have no rules for torch.func (vmap, grad, jvp, ...) and batched gradients;"
-        f" use backend='eager', or torch.autograd.grad ({reason[:80]})"
-    )
-
-
-def _run(plan: Plan, x: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    if forward_ad._current_level >= 0:
+def _run(plan: KernelPlan, x: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    if has_tangents():
         checks.check_no_tangents(x, *tensors)
     x, tensors = plan.prepare(x, tensors)
     if torch.is_grad_enabled() and (
         x.requires_grad or any([t.requires_grad for t in tensors])  # noqa: C419 a list is faster
     ):
-        if _transformed():  # torch.func refuses, and says so
+        if transformed():  # torch.func refuses, and says so
             return _Multistep.apply(plan, x, *tensors)  # type: ignore[no-any-return, no-untyped-call]
         return _apply(plan, x, *tensors)  # type: ignore[no-any-return]
     return plan.forward(x, tensors, save=False)[0]
@@ -160,7 +162,7 @@ class _Multistep(torch.autograd.Function):
     """Forward saves x, the initial states and a checkpoint every K steps; backward runs again."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: KernelPlan, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         outputs, checkpoints = plan.forward(x, tensors, save=True)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
@@ -173,23 +175,21 @@ class _Multistep(torch.autograd.Function):
         wanted = ctx.needs_input_grad[1:]
         if all(grad is None for grad in grads):
             return (None, *(None for _ in wanted))
-        if any([_is_batched(grad) for grad in grads if grad is not None]):  # noqa: C419 as above
-            raise _no_transforms("is_grads_batched=True")
-        results = ctx.plan.backward(x, checkpoints, tensors, grads, wanted)
+        if any([is_batched(grad) for grad in grads if grad is not None]):  # noqa: C419 as above
+            raise checks.no_transforms("is_grads_batched=True")
+        results = backward(ctx.plan, x, checkpoints, tensors, grads, wanted)
         if torch.is_grad_enabled():  # create_graph: an error only if somebody differentiates again
             arrived = [grad for grad in grads if grad is not None]
             results = [r if r is None else _Once.apply(r, x, *arrived, *tensors) for r in results]  # type: ignore[no-untyped-call]
         return (None, *results)
 
 
-# what Function.apply comes to outside of torch.func, without its two microseconds of preparation
-_apply: Any = super(torch.autograd.Function, _Multistep).apply
-_transformed: Any = torch._C._are_functorch_transforms_active
-_is_batched: Any = torch._C._functorch.is_legacy_batchedtensor
+# outside of torch.func; within it, the usual apply says what is wrong
+_apply: Any = direct_apply(_Multistep)
 
 
 class _Once(torch.autograd.Function):
-    """The identity, whose own gradient is the error that a second derivative deserves."""
+    """Identity whose backward raises: the kernels have no second derivative."""
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, *inputs: Tensor) -> Tensor:
