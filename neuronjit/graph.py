@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx.experimental import symbolic_shapes
 
 from . import checks
-from .call import Call, Output, Values, as_backend, exact, settle, signature
+from .call import Call, Output, Values, as_backend, as_state, exact, settle, signature
 from .errors import BackendError, CompileError, DifferentiationError, SpecError
 from .neurons import NeuronModel, as_model
 from .plan import (
@@ -57,7 +57,7 @@ def multistep(
 ) -> Output:
     """`neuronjit.multistep`, by operators alone."""
     model, surrogate = as_model(model), as_surrogate(surrogate)
-    state = {name: _constant(value, x) for name, value in (state or {}).items()}
+    state = {name: _constant(value, x) for name, value in as_state(state).items()}
     params = {name: _constant(value, x) for name, value in params.items()}
     call, values = settle(
         model, x, state, surrogate, reset, detach_reset, record, final_state, backend or "auto",

@@ -367,7 +367,7 @@ def run(
     assert params.keys() <= model.params.keys(), f"unknown parameters in {sorted(params)}"
     values = {**model.params, **params}
     if reset == "soft":
-        values["v_reset"] = 0.0
+        values["v_reset"] = params.get("v_reset", 0.0)
     p = _Bag({key: tensor(value) for key, value in values.items()})
     start = {**model.state, **(state or {})}
     z = {key: tensor(value).expand(x.shape[1:]) for key, value in start.items()}
