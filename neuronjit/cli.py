@@ -61,7 +61,8 @@ def _info(args: argparse.Namespace) -> int:
     rows = []
     for d in directories:
         whose = "" if d.mode is None else f"{d.owner} {d.mode:04o}{' writable' * d.writable}"
-        rows.append((d.role, d.path, d.why or "yes", whose, d.entries, in_bytes(d.bytes)))
+        trusted = d.why or "; ".join(["yes", *d.lenient])
+        rows.append((d.role, d.path, trusted, whose, d.entries, in_bytes(d.bytes)))
     table(("role", "directory", "trusted", "owner, mode", "kernels", "size"), rows)
     return 0
 
@@ -84,13 +85,19 @@ def _list(args: argparse.Namespace) -> int:
         (
             (
                 e.key[:12], e.problem or e.meta.get("symbol"), e.meta.get("target"),
-                e.meta.get("arch"), in_bytes(e.size),
-                time.strftime("%Y-%m-%d %H:%M", time.localtime(e.used)),
+                e.meta.get("arch"), in_bytes(e.size), _date(e.used),
             )
             for e in found
         ),
     )  # fmt: skip
     return 0
+
+
+def _date(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (ValueError, OverflowError, OSError):  # no year that a calendar has
+        return f"{seconds:.4g} s"
 
 
 def _show(args: argparse.Namespace) -> int:
