@@ -279,7 +279,9 @@ def _parser() -> argparse.ArgumentParser:
     option("file", **file)
     option("--trust", **yes, help="it is from where you would run a program")
     option("--sha256", metavar="HEX", help="what `export` printed")
-    option("--to", type=_file, metavar="DIR", help="a directory for NEURONJIT_CACHE_PATH; default: yours")
+    option(
+        "--to", type=_file, metavar="DIR", help="a folder for NEURONJIT_CACHE_PATH; default: yours"
+    )
     return parser
 
 
@@ -287,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. Returns 0; 1 if it found something or failed, 2 if it was called wrongly."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started this
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+            setattr(sys, name, io.StringIO())
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
