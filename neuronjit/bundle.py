@@ -226,10 +226,13 @@ def _publish(
             folder.write(name, _member(file, members, name), 0o644 if site else 0o600)
             note_written(into, members[name][1])
             last = name
-        folder.tidy(math.inf, keep=last)  # evicts nothing: sweeps what a killed import left
+        if last:
+            folder.tidy(math.inf, keep=last)  # evicts nothing: sweeps what a killed import left
         total = sum(st.st_size for name, st in folder.scan() if KEY.fullmatch(name))
     if not site and total > cap:
         text = f"{into!r} now holds {total} bytes of kernels, NEURONJIT_CACHE_SIZE allows {cap}"
         then = "the next kernel that is compiled evicts those not used for longest; set a larger"
-        warn_once((into, "over the cap"), f"{text}: {then} NEURONJIT_CACHE_SIZE to keep all")
+        warn_once(
+            (into, f"over the cap {digest}"), f"{text}: {then} NEURONJIT_CACHE_SIZE to keep all"
+        )
     return Carried(into, len(members) - present, present, digest)

@@ -79,10 +79,8 @@ def load_or_build(key: str, build: Callable[[], Entry]) -> Entry:
     entry = load(key)
     if entry is not None:
         return entry
-    user = _writable()
-    with key_lock(
-        user, key, processes=bool(user)
-    ) as holding:  # nothing comes of waiting if none can publish
+    user = _writable()  # where nothing can be published, nothing comes of waiting
+    with key_lock(user, key, processes=bool(user)) as holding:
         entry, reason = _lookup(key)
         if entry is not None:
             _count("hits after waiting")
