@@ -31,7 +31,7 @@ if _POSIX:
     _DIRECTORY = _SAFE | os.O_DIRECTORY
     _PARENT = _DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY)  # O_PATH: it need not be readable
 _NOT_THE_USERS = {__name__.partition(".")[0], "torch", "contextlib", "concurrent", "threading"}
-_ALL_IDS = (1 << 32) - 1
+_ALL_IDS, _USUAL_STAND_IN = (1 << 32) - 1, 65534
 _warned: dict[tuple[str, str], object] = {}
 
 
@@ -161,7 +161,6 @@ def _lenient(path: str, st: os.stat_result, fd: int) -> str:
     return ""
 
 
-@cache
 def _unmapped(kind: str, number: int) -> bool:
     """Whether a "uid" or "gid" may stand for any number that this user namespace does not map.
 
@@ -171,13 +170,22 @@ def _unmapped(kind: str, number: int) -> bool:
     must then be ours too, and no kernel. It is never taken for this process's own number.
     """
     try:
-        with open(f"/proc/sys/kernel/overflow{kind}") as file:
-            if int(file.read()) != number:
-                return False
-        with open(f"/proc/self/{kind}_map") as file:
-            return sum(int(line.split()[2]) for line in file) < _ALL_IDS
-    except (OSError, ValueError, IndexError):  # no Linux, or without namespaces: all are mapped
+        return number == _stand_in(kind)
+    except FileNotFoundError:  # no Linux, or one without namespaces: all are mapped
         return False
+    except (OSError, ValueError, IndexError):  # no descriptor is free, say: it might be
+        return number == _USUAL_STAND_IN
+
+
+@cache  # only what was read: not an error
+def _stand_in(kind: str) -> int:
+    """The number under which the kernel shows all "uid" or "gid" that are not mapped, else -1."""
+    with open(f"/proc/self/{kind}_map") as file:
+        mapped = sum(int(line.split()[2]) for line in file)
+    if mapped >= _ALL_IDS:
+        return -1
+    with open(f"/proc/sys/kernel/overflow{kind}") as file:
+        return int(file.read())
 
 
 def _is_private(st: os.stat_result, fd: int) -> bool:
