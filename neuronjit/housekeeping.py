@@ -55,7 +55,7 @@ class Directory:
     owner: int | None
     mode: int | None
     writable: bool
-    entries: int  # kernels, or locks that are held
+    entries: int  # kernels, or lock files
     bytes: int
 
 
