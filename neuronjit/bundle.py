@@ -8,20 +8,25 @@ paths, devices, sparse files and extensions are not filtered out: there is no wo
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import re
 import stat
+import time
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO
 
-from .cache import report, size_cap
-from .cachedir import Untrusted, opened, user_dir, walk
+from .cache import note_written, report, size_cap
+from .cachedir import STALE_TEMP_S, Untrusted, opened, user_dir, walk, warn_once
 from .cachefile import KEY, MAX_ENTRY, Damaged, decode
 from .errors import BundleError
 
 _BLOCK = 512
 _MAX_BYTES = 1 << 30
 _MAX_KERNELS = 100_000
+_UNFINISHED = ".unfinished"  # how the name ends of what an export writes, until it is done
 _END = bytes(2 * _BLOCK)
 
 
@@ -29,8 +34,8 @@ _END = bytes(2 * _BLOCK)
 class Carried:
     """What an export or import wrote, and where.
 
-    skipped: kernels that were not exported, for they are not whole and safe, or not imported, for
-    they were there. sha256: of the bundle, for `import_bundle(sha256=...)`.
+    skipped: kernels that were not exported, because they are not whole and safe, or not imported,
+    because they were there. sha256: of the bundle, for `import_bundle(sha256=...)`.
     """
 
     path: str
@@ -40,7 +45,7 @@ class Carried:
 
 
 def _header(name: str, size: int) -> bytes:
-    """The tar header of a regular file, readable by all, of no one and of no time."""
+    """A regular file's tar header; mode 0644, owner and time 0: equal kernels, equal bytes."""
     fields = (name.encode().ljust(100, b"\0"), b"0000644\0", b"0000000\0" * 2, b"%011o\0" % size)
     head = b"".join(fields) + b"%011o\0" % 0
     tail = b"0" + bytes(100) + b"ustar\00000" + bytes(247)
@@ -48,15 +53,18 @@ def _header(name: str, size: int) -> bytes:
 
 
 def export_bundle(path: str, *, keys: Collection[str] | None = None) -> Carried:
-    """Writes the kernels of all directories, or those of `keys`, to a new file at `path`. OSError.
+    """Writes the kernels of all directories, or those of `keys`, to a file at `path`.
 
-    The same kernels give the same bytes.
+    The same kernels give the same bytes. A file that is there is replaced. Raises BundleError if
+    something else is there (a link, device, pipe or directory), and OSError.
     """
+    path = os.path.abspath(path)
+    _check_target(path)
     digest, skipped, done = hashlib.sha256(), 0, set()
     found = ((key, folder.path) for folder, key in walk(report) if keys is None or key in keys)
-    temporary = f"{path}.{os.urandom(8).hex()}"
+    temporary = f"{path}.{os.urandom(8).hex()}{_UNFINISHED}"
     try:
-        with open(temporary, "xb") as out:
+        with _create(temporary) as out:
 
             def put(data: bytes) -> None:
                 digest.update(data)
@@ -76,11 +84,45 @@ def export_bundle(path: str, *, keys: Collection[str] | None = None) -> Carried:
             put(_END)
             out.flush()
             os.fsync(out.fileno())
+        _check_target(path)  # minutes may have passed
         os.replace(temporary, path)
     finally:
-        if os.path.exists(temporary):
+        with suppress(FileNotFoundError):
             os.unlink(temporary)
+    _sweep(path)
     return Carried(path, len(done), skipped, digest.hexdigest())
+
+
+def _check_target(path: str) -> None:
+    """Raise BundleError if `path` is there and is no regular file: rename would remove it."""
+    with suppress(FileNotFoundError):
+        mode = os.lstat(path).st_mode
+        if stat.S_ISLNK(mode):
+            where = os.path.realpath(path)
+            raise BundleError(f"{path!r} is a link to {where!r}; name that file to replace it")
+        if not stat.S_ISREG(mode):
+            raise BundleError(f"{path!r} is there and is no regular file; name another one")
+
+
+def _create(temporary: str) -> IO[bytes]:
+    try:
+        return open(temporary, "xb")
+    except OSError as error:
+        folder = os.path.dirname(temporary)
+        what = f"cannot make a new file in the folder: {error.strerror}"
+        raise OSError(error.errno, what, folder) from None
+
+
+def _sweep(path: str) -> None:
+    """Removes what killed exports to the same file left beside it."""
+    folder, name = os.path.split(path)
+    unfinished = re.compile(re.escape(name) + r"\.[0-9a-f]{16}" + re.escape(_UNFINISHED))
+    with suppress(OSError), os.scandir(folder) as found:
+        for item in found:
+            if unfinished.fullmatch(item.name) and item.is_file(follow_symlinks=False):
+                age = time.time() - item.stat(follow_symlinks=False).st_mtime
+                if abs(age) > STALE_TEMP_S:  # an export in progress writes all the time
+                    os.unlink(item.path)
 
 
 def import_bundle(
@@ -89,7 +131,9 @@ def import_bundle(
     """Puts a bundle's kernels into directory `to`, for all users, or else into the user's own.
 
     A bundle is code. It is taken only with its expected `sha256`, or with `trust=True` from where
-    you would run a program. Nothing is written unless all of it is sound. BundleError, OSError.
+    you would run a program; before that, none of it is unpacked. Nothing is written unless all of
+    it is sound, and nothing is evicted: if the user's directory is then larger than
+    NEURONJIT_CACHE_SIZE, a CacheWarning says so. BundleError, OSError.
     """
     with open(path, "rb") as file:
         try:
@@ -105,6 +149,16 @@ def import_bundle(
             )
         if not (into := to or user_dir()):
             raise BundleError("there is no home directory to import into; say where to")
+        if to is None and not size_cap():
+            raise BundleError(
+                "NEURONJIT_CACHE_SIZE=0 keeps your directory as it is: set a size to import into"
+                f" {into!r}, or say where to (--to)"
+            )
+        try:
+            for name in members:
+                decode(_member(file, members, name), name)
+        except Damaged as error:
+            raise BundleError(f"{path!r} is no sound bundle: kernel {name}: {error}") from None
         try:
             return _publish(file, members, into, digest, site=to is not None)
         except Untrusted as error:
@@ -112,7 +166,11 @@ def import_bundle(
 
 
 def _survey(file: IO[bytes]) -> tuple[str, dict[str, tuple[int, int, bytes]]]:
-    """SHA-256 of the bundle; of each kernel in it offset, size and SHA-256. Raises Damaged."""
+    """SHA-256 of the bundle; of each kernel in it offset, size and SHA-256. Raises Damaged.
+
+    Looks at headers only: the kernels are read to be hashed, and whether they are sound is not
+    asked before somebody has said that they can be trusted.
+    """
     st = os.fstat(file.fileno())
     if not stat.S_ISREG(st.st_mode) or st.st_size > _MAX_BYTES:
         raise Damaged(f"it is no regular file, or larger than {_MAX_BYTES} bytes")
@@ -130,16 +188,22 @@ def _survey(file: IO[bytes]) -> tuple[str, dict[str, tuple[int, int, bytes]]]:
         if len(data) != size + -size % _BLOCK or any(data[size:]):
             raise Damaged(f"kernel {name} is cut short")
         digest.update(header + data)
-        try:
-            decode(data[:size], name)
-        except Damaged as error:
-            raise Damaged(f"kernel {name}: {error}") from None
         members[name] = at + _BLOCK, size, hashlib.sha256(data[:size]).digest()
         at += _BLOCK + len(data)
     if (end := header + file.read(_BLOCK + 1)) != _END:
         raise Damaged("it is cut short, or goes on after its end")
     digest.update(end)
     return digest.hexdigest(), members
+
+
+def _member(file: IO[bytes], members: dict[str, tuple[int, int, bytes]], name: str) -> bytes:
+    """A kernel's bytes, as they were surveyed. Raises BundleError."""
+    offset, size, check = members[name]
+    file.seek(offset)
+    data = file.read(size)
+    if hashlib.sha256(data).digest() != check:
+        raise BundleError("the bundle was changed while it was being read")
+    return data
 
 
 def _publish(
@@ -150,20 +214,25 @@ def _publish(
     *,
     site: bool,
 ) -> Carried:
-    present = 0
+    present, last, cap = 0, "", size_cap()
     with opened(into, create=0o755 if site else 0o700) as folder:
-        for name, (offset, size, check) in members.items():
+        for name in members:
             try:
                 decode(folder.read(name)[0], name)
                 present += 1
                 continue
             except (OSError, Untrusted, Damaged):
                 pass
-            file.seek(offset)
-            data = file.read(size)
-            if hashlib.sha256(data).digest() != check:
-                raise BundleError("the bundle was changed while it was being read")
-            folder.write(name, data, 0o644 if site else 0o600)
-        if not site:
-            folder.tidy(size_cap())
+            folder.write(name, _member(file, members, name), 0o644 if site else 0o600)
+            note_written(into, members[name][1])
+            last = name
+        if last:
+            folder.tidy(math.inf, keep=last)  # evicts nothing: sweeps what a killed import left
+        total = sum(st.st_size for name, st in folder.scan() if KEY.fullmatch(name))
+    if not site and total > cap:
+        text = f"{into!r} now holds {total} bytes of kernels, NEURONJIT_CACHE_SIZE allows {cap}"
+        then = "the next kernel that is compiled evicts those not used for longest; set a larger"
+        warn_once(
+            (into, f"over the cap {digest}"), f"{text}: {then} NEURONJIT_CACHE_SIZE to keep all"
+        )
     return Carried(into, len(members) - present, present, digest)

@@ -22,6 +22,7 @@ from .cachedir import (
     Folder,
     Untrusted,
     env,
+    is_shared,
     opened,
     search_path,
     user_dir,
@@ -78,8 +79,8 @@ def load_or_build(key: str, build: Callable[[], Entry]) -> Entry:
     entry = load(key)
     if entry is not None:
         return entry
-    user = _writable()
-    with key_lock(user, key, processes=bool(user)):  # nothing comes of waiting if none can publish
+    user = _writable()  # where nothing can be published, nothing comes of waiting
+    with key_lock(user, key, processes=bool(user)) as holding:
         entry, reason = _lookup(key)
         if entry is not None:
             _count("hits after waiting")
@@ -90,8 +91,9 @@ def load_or_build(key: str, build: Callable[[], Entry]) -> Entry:
         _count("builds")
         if reason:
             _count(f"rebuilds: {reason}")
-        _publish(entry, reason, user)
-    return entry  # one's own bytes: a network file system may hide the new file for a minute
+        holding.fruitless = True  # until it is published: a warning may be an error (-W error)
+        holding.fruitless = not _publish(entry, reason, user)
+    return entry  # our own bytes: on NFS the new file may stay invisible for a minute
 
 
 def find(request: str, target: str, arch: str) -> Entry | None:
@@ -172,27 +174,37 @@ def _writable() -> str:
         return ""
 
 
-def _publish(entry: Entry, rebuilt: str, user: str) -> None:
+def _publish(entry: Entry, rebuilt: str, user: str) -> bool:
+    """Writes the entry to the user's directory, else keeps it in memory; says which."""
     _memory[entry.key] = entry
     if not user:
-        return
+        return False
     try:
         if rebuilt:  # for `stats`, of any process
             entry = replace(entry, meta={**entry.meta, "rebuilt": rebuilt})
         data, cap = encode(entry), size_cap()
         if len(data) > cap:
-            raise ValueError(f"a kernel of {len(data)} bytes is larger than all may be ({cap})")
+            what = f"a kernel of {len(data)} bytes is larger than all may be ({cap})"
+            raise ValueError(f"{what}; see NEURONJIT_CACHE_SIZE")
         with opened(user, create=0o700) as folder:
-            shared = os.fstat(folder.fd).st_mode & 0o020  # trusted, so this is what the user wants
+            st = os.fstat(folder.fd)
+            shared = st.st_mode & 0o020 and is_shared(st)
             folder.write(entry.key, data, 0o660 if shared else 0o600)
-            del _memory[entry.key]
+            _memory.pop(entry.key, None)  # a thread that waited too long may have done so too
             _count("bytes written", len(data))
-            _unlisted[user] = _unlisted.get(user, cap) + len(data)
+            note_written(user, len(data))
             if _unlisted[user] > cap // 64:  # the first time, and then not for every one
                 _unlisted[user] = 0
                 folder.tidy(cap, keep=entry.key)
+        return True
     except (OSError, Untrusted, ValueError) as error:
         report(user, error)
+        return False
+
+
+def note_written(path: str, size: int) -> None:
+    """So many bytes more lie in a directory: once they are enough, it is tidied."""
+    _unlisted[path] = _unlisted.get(path, size_cap()) + size
 
 
 def report(path: str, error: Exception, key: str = "") -> str:
@@ -229,4 +241,5 @@ def _after_fork() -> None:
     _counting = threading.Lock()  # another thread may have held it
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -8,11 +8,13 @@ judged is what is used.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 
@@ -21,8 +23,15 @@ from .cachefile import KEY, MAX_ENTRY, Damaged
 STALE_TEMP_S = 600.0  # publishing takes milliseconds: a temporary file this old is a dead process's
 TOUCH_AFTER_S = 3600.0  # how finely "last used" is kept, so that a hit seldom writes
 _TEMP = "tmp."  # and 32 hex digits
-_DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_PARENT = _DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY)  # O_PATH: it need not be readable
+# Windows has no owners and modes to judge, and no names relative to an open directory.
+_POSIX = hasattr(os, "geteuid") and os.open in os.supports_dir_fd
+_SAFE, _DIRECTORY, _PARENT = 0, 0, 0
+if _POSIX:
+    _SAFE = os.O_NOFOLLOW | os.O_CLOEXEC
+    _DIRECTORY = _SAFE | os.O_DIRECTORY
+    _PARENT = _DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY)  # O_PATH: it need not be readable
+_NOT_THE_USERS = {__name__.partition(".")[0], "torch", "contextlib", "concurrent", "threading"}
+_ALL_IDS, _USUAL_STAND_IN = (1 << 32) - 1, 65534
 _warned: dict[tuple[str, str], object] = {}
 
 
@@ -35,16 +44,28 @@ class Untrusted(Exception):
 
 
 def warn_once(cause: tuple[str, str], text: str) -> None:
-    """Warns at most once a process and cause."""
+    """Warns at most once a process and cause, at the line that called the library.
+
+    Raises it where the user turned warnings into errors: so it is called only where nothing is half
+    done, and the same call succeeds when it is made again.
+    """
     token = object()
     if _warned.setdefault(cause, token) is token:  # atomic: of many threads one warns
-        warnings.warn(text, CacheWarning, stacklevel=2)
+        warnings.warn(text, CacheWarning, stacklevel=_users_level())
+
+
+def _users_level() -> int:
+    """The `stacklevel` of the innermost frame that is neither ours nor what lies between."""
+    frame, level = sys._getframe(1).f_back, 2
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    return level if frame else 2
 
 
 @cache
 def _raised() -> bool:
     """AT_SECURE: this program was given rights that its caller has not (file capabilities)."""
-    with suppress(OSError, AttributeError):  # no such function but on Linux
+    with suppress(OSError, AttributeError, TypeError):  # no such function but on Linux
         import ctypes
 
         return bool(ctypes.CDLL(None).getauxval(23))
@@ -53,7 +74,7 @@ def _raised() -> bool:
 
 def env(name: str) -> str:
     """One of our variables, or "" where the environment may be another user's."""
-    other = os.geteuid() != os.getuid() or os.getegid() != os.getgid() or _raised()
+    other = _POSIX and (os.geteuid() != os.getuid() or os.getegid() != os.getgid() or _raised())
     return "" if other else os.environ.get(name, "")
 
 
@@ -74,7 +95,7 @@ def user_dir() -> str:
 
 def search_path() -> list[str]:
     """The directories to look into: the user's, then those of the site, which are only read."""
-    sites = env("NEURONJIT_CACHE_PATH").split(":")
+    sites = env("NEURONJIT_CACHE_PATH").split(os.pathsep)
     return [path for path in (user_dir(), *map(_absolute, sites)) if path]
 
 
@@ -100,23 +121,107 @@ def walk(trouble: Callable[[str, Exception], object]) -> Iterator[tuple[Folder, 
             trouble(path, error)
 
 
-def distrust(st: os.stat_result, *, parent: bool = False) -> str:
-    """Why others could put code here, "" if nobody can: the rule of ssh's StrictModes."""
-    mode, opted = stat.S_IMODE(st.st_mode), env("NEURONJIT_SHARED_GROUP") == "1"
-    shared = opted and mode & 0o020 and st.st_gid in {os.getegid(), *os.getgroups()}
+def distrust(st: os.stat_result, *, parent: bool = False, fd: int | None = None) -> str:
+    """Why others could put code here, "" if nobody can: the rule of ssh's StrictModes.
+
+    fd: an open directory, whose private group is then known to be private.
+    """
+    mode, owner = stat.S_IMODE(st.st_mode), st.st_uid
+    shared = mode & 0o020 and is_shared(st)
+    unknown = _unmapped("uid", owner)
     if stat.S_ISLNK(st.st_mode):
         why = "is a symbolic link"
-    elif st.st_uid not in (0, os.geteuid()) and not shared:
+    elif unknown and not parent and not shared:  # even if it is our own number, or it looks so
+        why = "belongs to somebody whom this user namespace does not map"
+    elif owner not in (0, os.geteuid()) and not unknown and not shared:
         why = "belongs to another user"
     elif parent and mode & stat.S_ISVTX:  # sticky: others cannot rename or remove what is ours
         return ""
     elif mode & 0o002:
         why = "can be written by everybody"
-    elif mode & 0o020 and not shared:
+    elif mode & 0o020 and not shared and not (fd is not None and _is_private(st, fd)):
         why = "can be written by its group"
     else:
         return ""
-    return f"{why} (owner {st.st_uid}, mode {mode:04o}; this process is user {os.geteuid()})"
+    return f"{why} (owner {owner}, mode {mode:04o}; this process is user {os.geteuid()})"
+
+
+def is_shared(st: os.stat_result) -> bool:
+    """Whether the user trusts this file's group: one of theirs, with NEURONJIT_SHARED_GROUP=1."""
+    ours = st.st_gid in {os.getegid(), *os.getgroups()} and not _unmapped("gid", st.st_gid)
+    return ours and env("NEURONJIT_SHARED_GROUP") == "1"
+
+
+def _lenient(path: str, st: os.stat_result, fd: int) -> str:
+    """For `info`: what ssh would refuse in this trusted directory, and why it is harmless."""
+    if _unmapped("uid", st.st_uid):
+        return f"{path!r} belongs to somebody outside this user namespace: taken for root"
+    if st.st_mode & 0o020 and not st.st_mode & stat.S_ISVTX and _is_private(st, fd):
+        return f"the group that can write {path!r} is this user's alone"
+    return ""
+
+
+def _unmapped(kind: str, number: int) -> bool:
+    """Whether a "uid" or "gid" may stand for any number that this user namespace does not map.
+
+    The kernel shows all of those as one, 65534. In a rootless container that is root, whose / and
+    /home are seen from inside; but it may be any other user as well. So it is taken for root in
+    directories above a cache only: there an owner could put another directory in its place, which
+    must then be ours too, and no kernel. It is never taken for this process's own number.
+    """
+    try:
+        return number == _stand_in(kind)
+    except FileNotFoundError:  # no Linux, or one without namespaces: all are mapped
+        return False
+    except (OSError, ValueError, IndexError):  # no descriptor is free, say: it might be
+        return number == _USUAL_STAND_IN
+
+
+@cache  # only what was read: not an error
+def _stand_in(kind: str) -> int:
+    """The number under which the kernel shows all "uid" or "gid" that are not mapped, else -1."""
+    with open(f"/proc/self/{kind}_map") as file:
+        mapped = sum(int(line.split()[2]) for line in file)
+    if mapped >= _ALL_IDS:
+        return -1
+    with open(f"/proc/sys/kernel/overflow{kind}") as file:
+        return int(file.read())
+
+
+def _is_private(st: os.stat_result, fd: int) -> bool:
+    """Whether an open directory's group holds this user alone, as where the umask is 002.
+
+    An access list would show its other writers as the group's: there must be none.
+    """
+    if not _private_group(st.st_gid, os.geteuid()):
+        return False
+    try:
+        names = os.listxattr(f"/proc/self/fd/{fd}")  # the descriptor may be O_PATH
+    except AttributeError:  # this system has no such call: access lists cannot be seen
+        return False
+    except OSError as error:
+        return error.errno == errno.ENOTSUP  # a file system that has no access lists
+    return not any("acl" in name for name in names)
+
+
+@cache
+def _private_group(gid: int, uid: int) -> bool:
+    """Whether a group is the private one that a system makes for each user.
+
+    It has the user's number and name, is the user's first group and lists no other member. Users
+    whose first group it is besides could be found by reading all users only, which directory
+    services refuse; but number and name are those of no group that is made for several. Not for
+    root, whose group is that of other accounts on some systems.
+    """
+    try:
+        import grp
+        import pwd
+
+        group, user = grp.getgrgid(gid), pwd.getpwuid(uid)
+    except (ImportError, KeyError, OSError):
+        return False
+    named = group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+    return named and 0 != gid == uid == user.pw_gid
 
 
 @contextmanager
@@ -125,12 +230,18 @@ def opened(path: str, *, create: int | None = None) -> Iterator[Folder]:
 
     OSError, and Untrusted with the path, owner and mode at fault.
     """
+    if not _POSIX:
+        raise OSError(errno.ENOTSUP, "this system cannot show that nobody else writes there", path)
     parts = [part for part in os.path.realpath(path).split("/") if part]  # itself may be a link
     fd, at = os.open("/", _PARENT), ""
+    lenient: list[str] = []
     try:
         while True:
-            if why := distrust(os.fstat(fd), parent=bool(parts)):
+            st = os.fstat(fd)
+            if why := distrust(st, parent=bool(parts), fd=fd):
                 raise Untrusted(f"{at or '/'!r} {why}")
+            if st.st_mode & 0o020 or st.st_uid not in (0, os.geteuid()):
+                lenient += filter(None, [_lenient(at or "/", st, fd)])
             if not parts:
                 break
             part, parent = parts.pop(0), fd
@@ -140,7 +251,7 @@ def opened(path: str, *, create: int | None = None) -> Iterator[Folder]:
                 if fd != parent:
                     os.close(parent)
             at = f"{at}/{part}"
-        yield Folder(fd, path)
+        yield Folder(fd, path, lenient)
     finally:
         os.close(fd)
 
@@ -162,13 +273,13 @@ def _open_child(name: str, parent: int, create: int | None, *, last: bool) -> in
 class Folder:
     """A trusted directory's descriptor. Names are looked up in it and never followed."""
 
-    def __init__(self, fd: int, path: str) -> None:
+    def __init__(self, fd: int, path: str, lenient: Sequence[str] = ()) -> None:
         self.fd, self.path = fd, path
+        self.lenient = lenient  # what was judged less strictly on the way to it, and why
 
     def open(self, name: str, flags: int) -> int:
         """A descriptor that no program inherits; O_NONBLOCK, as a planted pipe has no writer."""
-        flags |= os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-        return os.open(name, flags, 0o600, dir_fd=self.fd)
+        return os.open(name, flags | _SAFE | os.O_NONBLOCK, 0o600, dir_fd=self.fd)
 
     def stat(self, name: str) -> os.stat_result:
         """Of the name itself, be it a link."""
@@ -176,8 +287,11 @@ class Folder:
 
     def read(self, name: str, size: int = MAX_ENTRY) -> tuple[bytes, os.stat_result]:
         """The first bytes of a file that nobody else can write. OSError, Untrusted, Damaged."""
-        if why := distrust(self.stat(name)):  # of the name: it could be a pipe, or a link
+        st = self.stat(name)  # of the name: it could be a pipe, or a link
+        if why := distrust(st):
             raise Untrusted(f"{os.path.join(self.path, name)!r} {why}")
+        if stat.S_ISDIR(st.st_mode):
+            raise Damaged("it is a directory")
         with open(name, "rb", buffering=0, opener=self.open) as file:
             st = os.fstat(file.fileno())
             if why := distrust(st):  # of what was opened, should it be another by now
@@ -208,20 +322,33 @@ class Folder:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            try:
+                os.replace(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            except IsADirectoryError:
+                self._move_away(name)
+                os.replace(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         except BaseException:  # an interrupt too leaves nothing behind
             self.unlink(temporary)
             raise
         with suppress(OSError):
             os.fsync(self.fd)  # so that the name outlives a power cut as well
 
+    def _move_away(self, name: str) -> None:
+        """Gives a directory that took a kernel's name another one; an empty one is removed."""
+        if not self.unlink(name):  # the "/": should it be a file by now, that one stays
+            aside = f"{name}.was-a-directory.{os.urandom(4).hex()}"
+            os.rename(f"{name}/", aside, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+
     def unlink(self, name: str, seen: os.stat_result | None = None) -> bool:
-        """Removes a file, but not one that has changed since `seen`; says whether. No error."""
+        """Removes a file or an empty directory, but none that has changed since `seen`.
+
+        Says whether; no error.
+        """
         with suppress(OSError):
-            st = self.stat(name) if seen else None
-            if st and seen and (st.st_ino, st.st_mtime_ns) != (seen.st_ino, seen.st_mtime_ns):
+            st = self.stat(name)
+            if seen and (st.st_ino, st.st_mtime_ns) != (seen.st_ino, seen.st_mtime_ns):
                 return False
-            os.unlink(name, dir_fd=self.fd)
+            (os.rmdir if stat.S_ISDIR(st.st_mode) else os.unlink)(name, dir_fd=self.fd)
             return True
         return False
 
@@ -231,7 +358,7 @@ class Folder:
             with suppress(FileNotFoundError):
                 yield name, self.stat(name)
 
-    def tidy(self, cap: int, keep: str = "") -> None:
+    def tidy(self, cap: float, keep: str = "") -> None:
         """Sweeps temporary files of the dead; least recently used entries until the rest fits."""
         with suppress(OSError):
             now = self.stat(keep).st_mtime if keep else time.time()  # the file system's own clock
@@ -239,7 +366,7 @@ class Folder:
             for name, st in self.scan():
                 if KEY.fullmatch(name):
                     entries.append((st.st_mtime_ns, name, st))
-                elif name.startswith(_TEMP) and now - st.st_mtime > STALE_TEMP_S:
+                elif name.startswith(_TEMP) and abs(now - st.st_mtime) > STALE_TEMP_S:
                     self.unlink(name)
             total = sum(st.st_size for _, _, st in entries)
             goal = cap * 0.9 if total > cap else total  # a tenth more, not to do it again at once

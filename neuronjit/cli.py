@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from . import bundle, cache, engine, housekeeping, manifest, prebuild, targets
-from .cachedir import search_path, user_dir
+from .cachedir import CacheWarning, search_path, user_dir
 from .errors import InputTypeError, NeuronJitError, SpecError
 from .source import STORAGE, TARGETS
 from .terminal import ask, complain, in_bytes, progress, say, say_json, say_lines, table
@@ -61,7 +61,8 @@ def _info(args: argparse.Namespace) -> int:
     rows = []
     for d in directories:
         whose = "" if d.mode is None else f"{d.owner} {d.mode:04o}{' writable' * d.writable}"
-        rows.append((d.role, d.path, d.why or "yes", whose, d.entries, in_bytes(d.bytes)))
+        trusted = d.why or "; ".join(["yes", *d.lenient])
+        rows.append((d.role, d.path, trusted, whose, d.entries, in_bytes(d.bytes)))
     table(("role", "directory", "trusted", "owner, mode", "kernels", "size"), rows)
     return 0
 
@@ -84,13 +85,19 @@ def _list(args: argparse.Namespace) -> int:
         (
             (
                 e.key[:12], e.problem or e.meta.get("symbol"), e.meta.get("target"),
-                e.meta.get("arch"), in_bytes(e.size),
-                time.strftime("%Y-%m-%d %H:%M", time.localtime(e.used)),
+                e.meta.get("arch"), in_bytes(e.size), _date(e.used),
             )
             for e in found
         ),
     )  # fmt: skip
     return 0
+
+
+def _date(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (ValueError, OverflowError, OSError):  # no year that a calendar has
+        return f"{seconds:.4g} s"
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -204,6 +211,12 @@ def _age(text: str) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
+def _file(text: str) -> str:
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{ascii(text)[:80]} is no file's name")
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("neuronjit-cache", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -221,6 +234,7 @@ def _parser() -> argparse.ArgumentParser:
 
     names: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
     yes: dict[str, Any] = {"action": "store_true"}
+    file: dict[str, Any] = {"type": _file, "metavar": "FILE"}
     command(_path, "print where kernels are kept")
     command(_info, "show directories and whether each is trusted, compilers, GPUs, versions")
     command(_list, "list all kernels", "", "--json")
@@ -238,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
         "--manifest kernels.jsonl",
         "--manifest kernels.jsonl --target cpu",
     )
-    option("--manifest", metavar="FILE", help="the kernels of a run")
+    option("--manifest", **file, help="the kernels of a run")
     option("--neuron", dest="neurons", **names, help="built-in neurons, e.g. lif")
     option("--surrogate", dest="surrogates", **names, help="default: atan sigmoid")
     option("--reset", dest="resets", nargs="+", choices=("hard", "soft"), help="default: hard")
@@ -259,24 +273,30 @@ def _parser() -> argparse.ArgumentParser:
     option("--stale-only", **yes, help="made by another version of neuronjit")
     option("--yes", **yes, help="do not ask before deleting everything")
     option = command(_export, "write kernels to one file, to carry elsewhere", "kernels.njc")
-    option("file", metavar="FILE")
+    option("file", **file)
     option("keys", metavar="KEY", nargs="*", help="default: all")
     option = command(_import, "take in such a file", "kernels.njc --trust --to /opt/neuronjit")
-    option("file", metavar="FILE")
-    option("--trust", **yes, help="it is from where you would run a program from")
+    option("file", **file)
+    option("--trust", **yes, help="it is from where you would run a program")
     option("--sha256", metavar="HEX", help="what `export` printed")
-    option("--to", metavar="DIR", help="a directory for NEURONJIT_CACHE_PATH; default: yours")
+    option(
+        "--to", type=_file, metavar="DIR", help="a folder for NEURONJIT_CACHE_PATH; default: yours"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. Returns 0; 1 if it found something or failed, 2 if it was called wrongly."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this
+            setattr(sys, name, io.StringIO())
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")
+            warnings.simplefilter("always", CacheWarning)  # under -W error too: said, not raised
             args = _parser().parse_args(argv)
             code = int(args.run(args))
             sys.stdout.flush()

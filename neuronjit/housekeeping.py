@@ -51,10 +51,11 @@ class Directory:
     role: str  # user, site or locks
     trusted: bool
     why: str  # why not trusted, or not there
+    lenient: tuple[str, ...]  # what was judged less strictly than ssh would, and why
     owner: int | None
     mode: int | None
     writable: bool
-    entries: int  # kernels, or locks that are held
+    entries: int  # kernels, or lock files
     bytes: int
 
 
@@ -139,16 +140,17 @@ def directories() -> list[Directory]:
     for path, role in [*roles, *((path, "locks") for path in lock_folders())]:
         owner = mode = None
         writable, why, sizes = False, "", []
+        lenient: tuple[str, ...] = ()
         try:
             st = os.stat(path)
             owner, mode = st.st_uid, st.st_mode & 0o7777
             with opened(path) as folder:
-                writable = folder.writable()
+                writable, lenient = folder.writable(), tuple(folder.lenient)
                 sizes = [st.st_size for name, st in folder.scan() if KEY.fullmatch(name)]
         except FileNotFoundError:
             why = "is not there" if role == "site" else "is made when it is needed"
         except (OSError, Untrusted) as error:
             why = str(error)
         size = len(sizes), sum(sizes)
-        found.append(Directory(path, role, not why, why, owner, mode, writable, *size))
+        found.append(Directory(path, role, not why, why, lenient, owner, mode, writable, *size))
     return found

@@ -7,8 +7,11 @@ language.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -23,6 +26,8 @@ from .surrogates import Surrogate
 MAX_BYTES = 64 << 20  # of a manifest: 100,000 kernels and more
 _MOST = 256  # steps, lanes and loads become code that many times over
 _NAMES = ("per_neuron", "learned", "sequences")
+# NEURONJIT_RECORD -> its device and inode, how far it was read, the whole lines up to there
+_recorded: dict[str, tuple[tuple[int, int], int, frozenset[bytes]]] = {}
 
 
 def record(spec: KernelSpec, arch: str) -> None:
@@ -30,15 +35,29 @@ def record(spec: KernelSpec, arch: str) -> None:
     path = env("NEURONJIT_RECORD")
     if not path:
         return
-    line = json.dumps({**to_json(spec), "arch": arch}).encode() + b"\n"
+    line = json.dumps({**to_json(spec), "arch": arch}).encode()
     try:
-        with open(path, "a+b", buffering=0) as file:
-            file.seek(0)
-            held = file.read()
-            if line not in held:  # appended by one write: the lines of several processes never mix
-                file.write(line if not held or held.endswith(b"\n") else b"\n" + line)
+        with open(path, "a+b", buffering=0, opener=_at_once) as file:
+            st = os.fstat(file.fileno())
+            if not stat.S_ISREG(st.st_mode) or st.st_size > MAX_BYTES:
+                raise OSError(errno.EINVAL, f"it is no file, or larger than {MAX_BYTES} bytes")
+            same = st.st_dev, st.st_ino
+            known, end, lines = _recorded.get(path, (same, 0, frozenset()))
+            if known != same or end > st.st_size:  # another file by now
+                end, lines = 0, frozenset()
+            file.seek(end)  # what it held before is known: others only append
+            whole, newline, rest = file.read(MAX_BYTES).rpartition(b"\n")
+            lines = lines.union(whole.splitlines())
+            _recorded[path] = same, end + len(whole + newline), lines
+            if line not in lines:  # appended by one write: the lines of several processes never mix
+                file.write((b"\n" if rest else b"") + line + b"\n")
     except OSError as error:
         warn_once((path, "record"), f"neuronjit cannot record kernels in {path!r}: {error}")
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Opens without waiting: a pipe may have nobody at its other end."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 def read(path: str) -> list[tuple[KernelSpec, str]]:

@@ -90,6 +90,8 @@ def forget():
     """Makes this process as good as new to the cache."""
     for memory in (cache._memory, cache._counts, cache._known, cache._unlisted, cachedir._warned):
         memory.clear()
+    for known in (cachedir._stand_in, cachedir._private_group):
+        known.cache_clear()
 
 
 def use(directory, *sites):

@@ -43,18 +43,27 @@ def signed(body):
     return body + hashlib.sha256(body).digest()
 
 
-def _bomb():
-    """An entry whose checksum and key are right and whose source unpacks to 256 MB."""
-    entry = toy(1)
-    packed = zlib.compressobj(9)
-    source = b"".join(packed.compress(bytes(1 << 20)) for _ in range(256)) + packed.flush()
-    plain = zlib.compress(entry.source.encode())
-    data = cachefile.encode(entry)[:-32]
-    head, tail = data.split(plain)
+def _with_source(entry, packed):
+    """The entry as a file whose packed source is another; its checksum and key are right."""
+    head, tail = cachefile.encode(entry)[:-32].split(zlib.compress(entry.source.encode()))
     sizes = cachefile._HEADER.unpack_from(head)
     meta = head[cachefile._HEADER.size :]
-    head = cachefile._HEADER.pack(*sizes[:3], len(source), *sizes[4:])
-    return signed(head + meta + source + tail)
+    head = cachefile._HEADER.pack(*sizes[:3], len(packed), *sizes[4:])
+    return signed(head + meta + packed + tail)
+
+
+def _bomb():
+    """A kernel whose source unpacks to 256 MB, which is more than it may."""
+    packed = zlib.compressobj(9)
+    source = b"".join(packed.compress(bytes(1 << 20)) for _ in range(256)) + packed.flush()
+    return _with_source(toy(1), source)
+
+
+def bombs(number):
+    """(name, data) of sound kernels whose 16 KB of source unpack to 16 MB each."""
+    packed = zlib.compress(bytes((16 << 20) - 1))
+    for index in range(number):
+        yield key(index), _with_source(toy(index), packed)
 
 
 def hostile():

@@ -1,13 +1,17 @@
 """Bundles: exact, refused unless trusted, and unable to do harm."""
 
+import itertools
 import os
+import signal
+import socket
 import stat
 import tarfile
+import time
 
 import cachekit
 import pytest
 from cachekit import ALICE, Child, heard, key, needs_root, put, right, use
-from promises_bundle import fuzz, p14_bundles, pack
+from promises_bundle import bombs, fuzz, p14_bundles, pack
 
 from neuronjit import bundle, cache, cachefile
 from neuronjit.errors import BundleError
@@ -52,10 +56,10 @@ def test_the_same_kernels_give_the_same_bundle_that_tar_can_list(place, tmp_path
 def test_an_export_that_fails_leaves_nothing(place, tmp_path):
     with pytest.raises(FileNotFoundError):
         bundle.export_bundle(str(tmp_path / "nowhere" / "kernels.njc"))
-    (tmp_path / "taken").mkdir()
-    with pytest.raises(IsADirectoryError):
-        bundle.export_bundle(str(tmp_path / "taken"))
-    assert sorted(os.listdir(tmp_path)) == ["cache", "taken"]
+    with pytest.raises(OSError, match="new file in the folder") as caught:
+        bundle.export_bundle("/proc/kernels.njc")
+    assert caught.value.filename == "/proc"
+    assert os.listdir(tmp_path) == ["cache"]
 
 
 def test_an_import_needs_trust_or_the_digest(place, tmp_path):
@@ -105,7 +109,7 @@ def test_a_bundle_that_changes_meanwhile_is_refused(place, tmp_path):
         pytest.raises(BundleError, match="changed while"),
     ):
         bundle.import_bundle(str(path), trust=True)
-    assert os.listdir(tmp_path / "other") == []
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_is_there_is_kept_and_what_is_damaged_replaced(place, tmp_path):
@@ -161,3 +165,188 @@ def test_without_a_home_it_asks_where_to(place, tmp_path, monkeypatch):
 def test_a_pipe_is_no_bundle(tmp_path):
     with pytest.raises(BundleError, match="no regular file"):
         bundle.import_bundle("/dev/null", trust=True)
+
+
+@pytest.fixture
+def large(place, tmp_path):
+    """A bundle of three kernels, 150 KB, and a user's directory with three others, as large."""
+    for number in range(3):
+        put(number, place, size=50_000)
+    path = str(tmp_path / "kernels.njc")
+    bundle.export_bundle(path)
+    other = use(tmp_path / "other")
+    other.mkdir(mode=0o700)
+    for number in range(10, 13):
+        os.utime(put(number, other, size=50_000), (1000, 1000))
+    return path, other
+
+
+@pytest.mark.parametrize("cap", ["0", "100K", "200K", "1G"])
+def test_an_import_evicts_nothing_whatever_the_cap(large, monkeypatch, cap):
+    path, other = large
+    monkeypatch.setenv("NEURONJIT_CACHE_SIZE", cap)
+    before, own = sorted(os.listdir(other)), {key(number) for number in range(3)}
+    with heard() as texts:
+        if cap == "0":
+            with pytest.raises(BundleError, match=r"NEURONJIT_CACHE_SIZE=0 .*--to"):
+                bundle.import_bundle(path, trust=True)
+            assert sorted(os.listdir(other)) == before
+        else:
+            assert bundle.import_bundle(path, trust=True).kernels == 3
+            assert set(os.listdir(other)) == own.union(before)
+    size = sum(item.stat().st_size for item in other.iterdir())
+    limit = cache.size_cap()
+    if cap in ("100K", "200K"):
+        (text,) = texts
+        assert f"{size} bytes" in text and f"NEURONJIT_CACHE_SIZE allows {limit}" in text
+        cachekit.get(20)  # an ordinary kernel obeys the cap, in this process too
+        assert sum(item.stat().st_size for item in other.iterdir()) <= limit
+    else:
+        assert texts == []
+
+
+@pytest.mark.parametrize("cap", ["0", "100K"])
+def test_a_site_directory_has_no_cap(large, tmp_path, monkeypatch, cap):
+    path, _ = large
+    monkeypatch.setenv("NEURONJIT_CACHE_SIZE", cap)
+    with heard() as texts:
+        assert bundle.import_bundle(path, trust=True, to=str(tmp_path / "site")).kernels == 3
+    assert len(os.listdir(tmp_path / "site")) == 3 and texts == []
+
+
+def test_an_import_sweeps_what_a_killed_one_left(large, tmp_path):
+    path, _ = large
+    site = tmp_path / "site"
+    site.mkdir()
+    old = site / ("tmp." + "0" * 32)
+    old.write_bytes(b"half")
+    os.utime(old, (1000, 1000))
+    bundle.import_bundle(path, trust=True, to=str(site))
+    assert not old.exists() and len(os.listdir(site)) == 3
+
+
+def _device(path):
+    if os.geteuid():
+        pytest.skip("needs root, to make a device")
+    os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+
+
+def _socket(path):
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(os.path.relpath(path))  # a socket's name may have 100 letters
+
+
+def _link(path):
+    path.with_name("linked").write_bytes(b"dear")
+    path.symlink_to("linked")
+
+
+TAKEN = {
+    "device": _device,
+    "pipe": os.mkfifo,
+    "socket": _socket,
+    "directory": os.mkdir,
+    "link": _link,
+    "link to nothing": lambda path: path.symlink_to("nothing"),
+    "link to a device": lambda path: path.symlink_to("/dev/null"),
+}
+
+
+@pytest.mark.parametrize("taken", TAKEN)
+def test_an_export_replaces_nothing_but_a_file(place, tmp_path, taken):
+    path = tmp_path / "kernels.njc"
+    TAKEN[taken](path)
+    before, names = path.lstat(), sorted(os.listdir(tmp_path))
+    with pytest.raises(BundleError, match=r"kernels\.njc' is .*name"):
+        bundle.export_bundle(str(path))
+    after = path.lstat()
+    assert (after.st_ino, after.st_mode, after.st_rdev) == (
+        before.st_ino,
+        before.st_mode,
+        before.st_rdev,
+    )
+    assert sorted(os.listdir(tmp_path)) == names
+    if taken == "link":
+        assert (tmp_path / "linked").read_bytes() == b"dear"
+
+
+@needs_root
+def test_an_export_says_which_folder_it_may_not_write(place, tmp_path):
+    with cachekit.for_all_users() as base:
+        kernels = base / "cache"
+        os.rename(place, kernels)
+        os.chown(kernels, ALICE, ALICE)
+        for item in kernels.iterdir():
+            os.chown(item, ALICE, ALICE)
+
+        def work():
+            use(kernels)
+            with pytest.raises(PermissionError) as caught:
+                bundle.export_bundle(str(base / "kernels.njc"))
+            return str(caught.value)
+
+        found = Child(work, uid=ALICE).result()
+        assert f"new file in the folder: Permission denied: '{base}'" in found
+        assert os.listdir(base) == ["cache"]
+
+
+def test_what_a_killed_export_left_goes_with_the_next_one(place, tmp_path):
+    path = tmp_path / "kernels.njc"
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def work():
+        with cachekit.patched(os, replace=die):
+            bundle.export_bundle(str(path))
+
+    for _ in range(2):
+        assert os.WIFSIGNALED(Child(work).wait_status())
+    old, young = tmp_path.glob("kernels.njc.*.unfinished")
+    stranger = tmp_path / "kernels.njc.notes.unfinished"
+    stranger.write_text("mine")
+    for item in (old, stranger):
+        os.utime(item, (time.time() - 3600,) * 2)
+    bundle.export_bundle(str(path))
+    assert sorted(tmp_path.glob("*.unfinished")) == sorted([young, stranger])
+
+
+def test_nothing_is_unpacked_before_somebody_trusts_it(place, tmp_path, monkeypatch):
+    path = tmp_path / "bombs.njc"
+    path.write_bytes(pack(*bombs(300)))
+    unpacked = []
+
+    def count(*_):
+        unpacked.append(1)
+        raise MemoryError
+
+    monkeypatch.setattr(cachefile.zlib, "decompressobj", count)
+    for arguments, words in (({}, "holds code"), ({"sha256": "0" * 64, "trust": True}, "SHA-256")):
+        with pytest.raises(BundleError, match=words):
+            bundle.import_bundle(str(path), **arguments)
+    assert unpacked == []
+    with pytest.raises(MemoryError):
+        bundle.import_bundle(str(path), trust=True)
+    assert unpacked == [1]
+
+
+def test_a_bundle_that_changes_after_it_was_checked_is_refused(place, tmp_path):
+    path = tmp_path / "kernels.njc"
+    bundle.export_bundle(str(path))
+    decode, data = bundle.decode, bytearray(path.read_bytes())
+    data[2000] ^= 1
+    calls = itertools.count(1)
+
+    def then_change(*arguments):
+        if next(calls) == 3:  # the last one
+            with open(path, "r+b") as other:
+                other.write(data)
+        return decode(*arguments)
+
+    use(tmp_path / "other")
+    with (
+        cachekit.patched(bundle, decode=then_change),
+        pytest.raises(BundleError, match="changed while"),
+    ):
+        bundle.import_bundle(str(path), trust=True)
+    assert os.listdir(tmp_path / "other") == []

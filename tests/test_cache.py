@@ -1,6 +1,7 @@
 """The kernel cache piece by piece; its promises as a whole are in test_cache_promises.py."""
 
 import ast
+import fcntl
 import os
 import subprocess
 import sys
@@ -242,13 +243,12 @@ def test_junk_in_the_directory_harms_nothing(place, monkeypatch):
     os.symlink("/nowhere", place / key(4))
     os.mkfifo(place / key(5))
     with heard():
-        for number in (1, 3, 4, 5):
+        for number in (1, 2, 3, 4, 5):
             assert right(get(number), number)
             assert right(cache.load(key(number)), number)
-        assert right(get(2), 2)  # a directory cannot be replaced: in memory
         found = {item.key: item for item in housekeeping.entries()}
         assert {number for number in range(6) if key(number) in found} == {1, 2, 3, 4, 5}
-        assert found[key(2)].problem
+        assert not any(item.problem for item in found.values())
         monkeypatch.setenv("NEURONJIT_CACHE_SIZE", "9000")
         cachekit.forget()
         assert right(get(6), 6)
@@ -523,7 +523,7 @@ def test_the_lock_excludes(place, tmp_path):
 def test_a_lock_that_its_holder_removed_meanwhile_is_no_lock(place):
     """The holder unlinks and unlocks between our opening and our locking."""
     name = cachelock.hashlib.sha256(f"{place}\n{key(1)}".encode()).hexdigest()
-    path, lockf = Path(cachelock.lock_folders()[0], name), cachelock.fcntl.lockf
+    path, lockf = Path(cachelock.lock_folders()[0], name), fcntl.lockf
     removed = []
 
     def late(fd, flags):
@@ -532,7 +532,7 @@ def test_a_lock_that_its_holder_removed_meanwhile_is_no_lock(place):
             path.unlink()
         lockf(fd, flags)
 
-    with patched(cachelock.fcntl, lockf=late), cachelock.key_lock(str(place), key(1)):
+    with patched(fcntl, lockf=late), cachelock.key_lock(str(place), key(1)):
         assert removed and path.exists()
 
 

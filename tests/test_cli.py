@@ -1,5 +1,6 @@
 """neuronjit-cache: what each command prints, returns and leaves behind."""
 
+import io
 import json
 import os
 import re
@@ -8,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from neuronjit import cache, cli, housekeeping
+from neuronjit import cache, cachedir, cli, housekeeping
 
 COMMANDS = [
     "path",
@@ -334,3 +337,73 @@ def test_a_closed_pipe_is_no_traceback(kernels):
     err = process.stderr.read()
     assert process.wait(timeout=60) == 1
     assert err == ""
+
+
+@pytest.mark.parametrize("stream", ["stdin", "stdout", "stderr"])
+@pytest.mark.parametrize("words", ["list", "clear", "show nothing"])
+def test_a_stream_that_was_closed_is_no_traceback(
+    run, kernels, tmp_path, monkeypatch, stream, words
+):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys, stream, None)
+    before = set(kernels.iterdir())
+    assert cli.main(words.split()) == (0 if words == "list" else 1)
+    assert set(kernels.iterdir()) == before
+
+
+def test_absurd_times_are_listed(run, kernels, monkeypatch):
+    real = housekeeping._listed
+
+    def odd(folder, key):
+        for number, listed in enumerate(real(folder, key)):
+            times = (-1.0, -(2.0**62), 2.0**40, 2.0**62, 1e300)
+            yield replace(listed, used=times[(int(key, 16) + number) % len(times)])
+
+    monkeypatch.setattr(housekeeping, "_listed", odd)
+    code, out, _ = run("list")
+    assert code == 0 and len(out.splitlines()) == 1 + len(list(kernels.iterdir()))
+    assert run("list", "--json")[0] == 0
+
+
+def test_warnings_that_are_errors_are_said_and_not_raised(run, kernels, monkeypatch):
+    monkeypatch.setenv("NEURONJIT_CACHE_SIZE", "many")
+    monkeypatch.setattr(cachedir, "_warned", {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        code, out, err = run("stats")
+    assert code == 0 and "kernels" in out and "warning: NEURONJIT_CACHE_SIZE='many'" in err
+
+
+def test_export_refuses_what_is_no_file(run, kernels, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    code, _, err = run("export", tmp_path / "pipe")
+    assert code == 1 and "no regular file" in err and (tmp_path / "pipe").is_fifo()
+
+
+def test_import_says_what_the_size_of_the_cache_makes_of_it(run, kernels, tmp_path, monkeypatch):
+    bundle = tmp_path / "kernels.njc"
+    assert run("export", bundle)[0] == 0
+    monkeypatch.setattr(cachedir, "_warned", {})
+    monkeypatch.setenv("NEURONJIT_CACHE_DIR", str(tmp_path / "mine"))
+    monkeypatch.setenv("NEURONJIT_CACHE_SIZE", "0")
+    code, _, err = run("import", bundle, "--trust")
+    assert code == 1 and "NEURONJIT_CACHE_SIZE=0" in err and not (tmp_path / "mine").exists()
+    monkeypatch.setenv("NEURONJIT_CACHE_SIZE", "1K")
+    code, out, err = run("import", bundle, "--trust")
+    assert code == 0 and "allows 1024" in err and "kernels into" in out
+    assert len(list((tmp_path / "mine").iterdir())) == len(list(kernels.iterdir()))
+
+
+def test_info_says_what_is_trusted_though_ssh_would_not(run, kernels, monkeypatch):
+    monkeypatch.setattr(cachedir, "_is_private", lambda st, fd: True)
+    kernels.chmod(0o775)
+    code, out, _ = run("info")
+    assert code == 0 and f"yes; the group that can write '{kernels}' is this user's alone" in out
+    directories = json.loads(run("info", "--json")[1])["directories"]
+    assert [d["lenient"] != [] for d in directories if d["path"] == str(kernels)] == [True]
+
+
+@pytest.mark.parametrize("words", ["export", "import", "import file --to", "prebuild --manifest"])
+def test_names_that_no_file_has(run, kernels, words):
+    code, _, err = run(*words.split(), "a\0b")
+    assert code == 2 and "is no file's name" in err

@@ -1,5 +1,6 @@
 """Manifests: what a run used, through JSON and back; and what a hostile one can bring (nothing)."""
 
+import io
 import json
 import os
 import subprocess
@@ -195,3 +196,99 @@ def test_a_manifest_is_not_read_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "MAX_BYTES", 100)
     with pytest.raises(nj.SpecError, match="no manifest"):
         manifest.read(str(path))
+
+
+RECORDER = f"""{BARE}
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+from neuronjit import manifest
+from neuronjit.source import spec_of
+for steps in (1, 2):
+    spec = spec_of("lif", "cpu", "forward", "atan", "hard", False, "float32", steps=steps)
+    manifest.record(spec, "x86-64-v3")
+print("went on")
+"""
+
+
+def _pipe(path):
+    os.mkfifo(path)
+    return path
+
+
+def _large(path):
+    with open(path, "wb") as file:
+        file.truncate(manifest.MAX_BYTES + 1)
+    return path
+
+
+ENDLESS = {
+    "/dev/full": lambda path: "/dev/full",
+    "/dev/zero": lambda path: "/dev/zero",
+    "a link to it": lambda path: path.symlink_to("/dev/full") or path,
+    "a pipe": _pipe,
+    "a directory": lambda path: path.mkdir() or path,
+    "a large file": _large,
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_what_is_no_small_file_is_no_record(tmp_path, name):
+    """One warning, at once; and nothing is read from it or written to it."""
+    path = ENDLESS[name](tmp_path / "record")
+    environment = {**os.environ, "NEURONJIT_RECORD": str(path)}
+    done = subprocess.run(
+        [sys.executable, "-c", RECORDER], env=environment, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert done.stdout == "went on\n", done.stderr
+    assert done.stderr.count("cannot record kernels") == 1
+    if name == "a large file":
+        assert path.stat().st_size == manifest.MAX_BYTES + 1
+
+
+def test_a_record_is_read_on_and_not_again(tmp_path, monkeypatch):
+    path = tmp_path / "kernels.jsonl"
+    monkeypatch.setenv("NEURONJIT_RECORD", str(path))
+    sizes, read = [], []
+
+    class Counted(io.FileIO):
+        def read(self, size=-1):
+            data = super().read(size)
+            read.append(len(data))
+            return data
+
+    def counted(name, mode, buffering, opener):
+        return Counted(name, mode, opener=opener)
+
+    monkeypatch.setattr(manifest, "open", counted, raising=False)
+    for steps in range(1, 9):
+        for _ in range(2):
+            manifest.record(spec("lif", "cpu", "forward", steps=steps), "x86-64-v3")
+        with open(path, "ab") as other:  # another process
+            line = json.dumps(
+                manifest.to_json(spec("if", "cpu", "forward", steps=steps)) | {"arch": "x86-64-v3"}
+            )
+            other.write(line.encode() + b"\n")
+        manifest.record(spec("if", "cpu", "forward", steps=steps), "x86-64-v3")
+        sizes.append(path.stat().st_size)
+    monkeypatch.delattr(manifest, "open")
+    assert len(manifest.read(str(path))) == len(path.read_bytes().splitlines()) == 16
+    assert sum(read) <= sizes[-1]  # each byte at most once
+
+
+@pytest.mark.parametrize("how", ["removed", "emptied", "replaced"])
+def test_a_record_that_began_anew_is_written_anew(tmp_path, monkeypatch, how):
+    path = tmp_path / "kernels.jsonl"
+    monkeypatch.setenv("NEURONJIT_RECORD", str(path))
+    wanted = spec("lif", "cpu", "forward")
+    manifest.record(wanted, "x86-64-v3")
+    if how == "removed":
+        path.unlink()
+    elif how == "emptied":
+        os.truncate(path, 0)
+    else:
+        other = tmp_path / "other"
+        other.write_text("\n" * 5000)
+        os.replace(other, path)
+    manifest.record(wanted, "x86-64-v3")
+    assert manifest.read(str(path)) == [(wanted, "x86-64-v3")]
