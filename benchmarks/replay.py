@@ -69,20 +69,23 @@ MODELS = {  # by their states
     TWO: ("izhikevich", "adex"),
     THREE: ("current_alif",),
 }
-PARAMS = {
-    "lif": ("tau",),
-    "lif_no_decay": ("tau",),
-    "plif": ("reciprocal_tau",),
-    "plif_no_decay": ("reciprocal_tau",),
-    "qif": ("tau", "v_c", "a0", "v_rest"),
-    "eif": ("tau", "delta_T", "theta_rh", "v_rest"),
-    "izhikevich": ("tau", "v_c", "a0", "v_rest", "tau_w", "a", "b"),
-    **{name: tuple(model["params"]) for name, model in EQUATIONS.items()},
+ENDS = ("v_threshold", "v_reset")
+PARAMS: dict[str, tuple[str, ...]] = {  # in the models' order, as calls name them
+    "if": ENDS,
+    "lif": ("tau", *ENDS),
+    "lif_no_decay": ("tau", *ENDS),
+    "plif": ("reciprocal_tau", *ENDS),
+    "plif_no_decay": ("reciprocal_tau", *ENDS),
+    "qif": ("tau", "v_c", "a0", "v_rest", "v_reset", "v_threshold"),
+    "eif": ("tau", "delta_T", "theta_rh", "v_rest", "v_reset", "v_threshold"),
+    "izhikevich": ("tau", "v_c", "a0", "v_rest", "tau_w", "a", "b", *ENDS),
+    **{name: (*model["params"], *ENDS) for name, model in EQUATIONS.items()},
 }
 SURROGATES = (
     "ATan", "Sigmoid", "PiecewiseLeakyReLU", "S2NN", "QPseudoSpike", "LeakyKReLU",
     "FakeNumericalGradient", "LogTailedReLU", "PiecewiseQuadratic", "PiecewiseExp", "SoftSign",
     "SuperSpike", "Erf", "NonzeroSignLogAbs", "Rect", "StraightThrough", "Gaussian", "Tanh",
+    "FastSigmoid", "SpikeRateEscape",
 )  # fmt: skip
 SMOOTH = ("ATan", "Sigmoid", "SoftSign", "Erf")  # of those with a primitive
 
@@ -138,7 +141,9 @@ def cases() -> list[Case]:
             for offset, (dtype, sizes) in enumerate(SIZES[states].items()):
                 for i in range(max(len(sizes), len(models))):
                     model, size = models[(i + offset) % len(models)], sizes[i % len(sizes)]
-                    found.append(_drawn(draw, Case(model, direction, dtype, *size), states))
+                    surrogate = SURROGATES[len(found) % len(SURROGATES)]
+                    case = Case(model, direction, dtype, *size, surrogate)
+                    found.append(_drawn(draw, case, states))
     return found
 
 
@@ -147,27 +152,35 @@ def _drawn(draw: random.Random, case: Case, states: tuple[str, ...]) -> Case:
         return tuple(n for n in names if draw.random() < share)
 
     backward = case.direction == "backward"
-    params = (*PARAMS.get(case.model, ()), "v_threshold", "v_reset")
+    params = PARAMS[case.model]
     smooth = draw.random() < 0.15
-    names = SMOOTH if smooth else SURROGATES
     recorded = some((*states, "h"), 0.5) if draw.random() < 0.5 else ()
     if (case.N, case.T) not in NARROW:  # two sequences would make a wide kernel a narrow one
         recorded = () if backward else recorded[:1]
     return replace(
         case,
-        surrogate=names[int(draw.random() * len(names))],
+        surrogate=SMOOTH[int(draw.random() * len(SMOOTH))] if smooth else case.surrogate,
         spiking=not smooth,
         reset="hard" if draw.random() < 0.6 else "soft",
         detach_reset=backward and draw.random() < 0.4,
         per_neuron=some(params, 0.3) if draw.random() < 0.5 else (),
-        learned=some(params, 0.4) if backward and draw.random() < 0.6 else (),
+        learned=(params[0], *some(params[1:], 0.4)) if backward and draw.random() < 0.6 else (),
         record=() if backward else recorded,
         arriving=(*some(("s",), 0.9), *recorded) if backward else (),
     )
 
 
 def thinned(found: Sequence[Case], count: int) -> list[Case]:
-    return [found[i * len(found) // count] for i in range(count)]
+    """Those that bring a new model, dtype or size, and of the others as many as there is room."""
+    seen: set[tuple[object, ...]] = set()
+    first = []
+    for case in found:
+        brings = {(case.model,), (case.dtype,), (case.N, case.T)}
+        brings = {(case.direction, *each) for each in brings}
+        first += [] if brings <= seen else [case]
+        seen |= brings
+    others, room = [case for case in found if case not in first], count - len(first)
+    return [*first, *(others[i * len(others) // room] for i in range(room))]
 
 
 # --- what is asked of a tree: the only part that knows its interface ------------------------------
@@ -187,13 +200,17 @@ def source(case: Case, target: str) -> str:
     chosen = asdict(case) | dict(target=target, surrogate=surrogate)
     del chosen["model"], chosen["spiking"]
     del chosen["record" if case.direction == "backward" else "arriving"]
-    reasons = []
-    for words in WORDS:
+
+    def rendered(words: dict[str, str]) -> str | Exception:
         try:
             return nj.render(model, **{words.get(name, name): v for name, v in chosen.items()})
         except (TypeError, nj.NeuronJitError) as reason:
-            reasons.append(f"{type(reason).__name__}: {reason}")
-    raise ValueError("; ".join(reasons))
+            return reason
+
+    answers = [rendered(words) for words in WORDS]
+    if texts := [answer for answer in answers if isinstance(answer, str)]:
+        return texts[0]
+    raise ValueError("; ".join(f"{type(reason).__name__}: {reason}" for reason in answers))
 
 
 def toolchain() -> dict[str, Any]:
@@ -388,23 +405,24 @@ class Pair:
         return found + ([f"code {GROWTH:.0%} larger"] if self.growth > GROWTH else [])
 
     def __str__(self) -> str:
-        if errors := [f"{n}: {r['error']}" for n, r in (("A", self.a), ("B", self.b)) if "error" in r]:
-            return f"{self.build:6} {self.case}: {'; '.join(errors)}"
+        start = f"{self.build:6} {self.case}: "
+        sides = {"A": self.a, "B": self.b}
+        if errors := [f"{n}: {r['error']}" for n, r in sides.items() if "error" in r]:
+            return start + "; ".join(errors)
         if self.same_code:
-            return f"{self.build:6} {self.case}: other text, the same machine code"
+            return start + "other text, the same machine code"
         changes = [f"code {self.a['size']} -> {self.b['size']} bytes ({self.growth:+.1%})"]
-        for what in ("registers", "spilled"):
-            if self.grown(what):
-                changes.append(f"{what} {self.a[what]} -> {self.b[what]}")
-        return f"{self.build:6} {self.case}: {', '.join([*changes, *map(str.upper, self.faults)])}"
+        others = [what for what in ("registers", "spilled") if self.grown(what)]
+        changes += [f"{what} {self.a[what]} -> {self.b[what]}" for what in others]
+        return start + ", ".join([*changes, *map(str.upper, self.faults)])
 
 
 def compare(
-    a: Path, b: Path, found: Sequence[Case], kept: Path, everything: bool = True
+    a: Path, b: Path, found: Sequence[Case], kept: Path, quick: bool = False
 ) -> tuple[list[Pair], list[str]]:
     """Every kernel in both trees, and notes on builds that this machine cannot make.
 
-    Without `everything`, only texts that differ are compiled.
+    With `quick`, each call is compiled for one of ARCHS in turn, and only where its text differs.
     """
     with ThreadPoolExecutor(2) as pool:
         told_a, told_b = pool.map(lambda tree: ask(tree, found), (a, b))
@@ -413,12 +431,14 @@ def compare(
         missing = {build: why for build in BUILDS if (why := compilers.missing(build))}
         rows = []
         for build in [build for build in BUILDS if build not in missing]:
-            for case in found:
+            for i, case in enumerate(found):
+                if quick and build in ARCHS and build != ARCHS[i % len(ARCHS)]:
+                    continue
                 key = f"{'cpu' if build == HOST else 'cuda'} {case}"
                 rows.append((str(case), build, told_a["texts"][key], told_b["texts"][key]))
         wanted: dict[tuple[str, str], Any] = {}  # each text is compiled once, whoever has it
         for _, build, *both in rows:
-            for told in both if everything or both[0] != both[1] else ():
+            for told in both if not quick or both[0] != both[1] else ():
                 if "text" in told and (told["text"], build) not in wanted:
                     wanted[told["text"], build] = pool.submit(compilers.build, told["text"], build)
 
@@ -448,18 +468,18 @@ def table(pairs: Sequence[Pair]) -> str:
             f"{sum(p.grown(w) < 0 for p in of)} / {sum(p.grown(w) > 0 for p in of)}"
             for w in ("registers", "size")
         ]
-        sizes = [sum(r.get("size", 0) for r in side) for side in zip(*((p.a, p.b) for p in of))]
+        sides = [p.a for p in of], [p.b for p in of]
+        sizes = [sum(r.get("size", 0) for r in side) for side in sides]
         total = f"{sizes[0]:,} -> {sizes[1]:,}" if sizes[0] != sizes[1] else f"{sizes[0]:,}"
-        spills = [sum(r.get("spilled", 0) > 0 for r in side) for side in zip(*((p.a, p.b) for p in of))]
-        fails = [sum("error" in r for r in side) for side in zip(*((p.a, p.b) for p in of))]
         counts = len(of), sum(p.same_text for p in of), sum(p.same_code for p in of)
-        lines.append(
-            (build, *map(str, counts), *ways, total, "{}, {}".format(*spills), "{}, {}".format(*fails))
-        )
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines
-    )
+        spills = ", ".join(str(sum(r.get("spilled", 0) > 0 for r in side)) for side in sides)
+        fails = ", ".join(str(sum("error" in r for r in side)) for side in sides)
+        lines.append((build, *map(str, counts), *ways, total, spills, fails))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [
+        [cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines
+    ]
+    return "\n".join("  ".join(line) for line in padded)
 
 
 def differing(pairs: Sequence[Pair]) -> list[Pair]:
@@ -525,7 +545,7 @@ def main() -> int:
     args.kept.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = thinned(cases(), QUICK) if args.quick else cases()
     with checked_out(base) as tree:
-        pairs, notes = compare(tree, ROOT, found, args.kept, not args.quick)
+        pairs, notes = compare(tree, ROOT, found, args.kept, args.quick)
     name = git("describe", "--always", base) or base
     seconds = time.perf_counter() - begin
     print(f"replay: {len(found)} calls; A is {name}, B the working tree; {seconds:.0f} s")
@@ -536,6 +556,8 @@ def main() -> int:
         print(pair)
     if len(differ) > len(listed):
         print(f"... and {len(differ) - len(listed)} more (--all)")
+    for pair in [pair for pair in pairs if pair.same_text and pair.b.get("spilled")]:
+        print(f"{pair.build:6} {pair.case}: spills {pair.b['spilled']} bytes, in both trees")
     faults = [pair for pair in pairs if pair.faults]
     print(f"{len(differ)} kernels with other text, {len(faults)} that --strict refuses")
     return 1 if args.strict and faults else 0
