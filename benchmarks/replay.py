@@ -38,7 +38,7 @@ HOST = "host"
 BUILDS = (*ARCHS, HOST)
 GROWTH = 0.02  # of a kernel's code, the most that --strict lets pass
 QUICK = 60  # calls of --quick
-LISTED = 40  # differing kernels that are printed
+LISTED = 40  # kernels that are printed, of those whose machine code differs
 
 # --- the calls ------------------------------------------------------------------------------------
 
@@ -530,7 +530,7 @@ def main() -> int:
     parser.add_argument("--base", help="A: a git revision; else the merge base with main, or HEAD~")
     parser.add_argument("--strict", action="store_true", help="exit 1 on spills, on larger code")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} calls, only what differs")
-    parser.add_argument("--all", action="store_true", help=f"list more than {LISTED} kernels")
+    parser.add_argument("--all", action="store_true", help="list all kernels whose text differs")
     kept = Path(tempfile.gettempdir(), f"neuronjit-replay-{os.getuid()}")
     parser.add_argument("--kept", type=Path, default=kept, help="folder of results, by their text")
     parser.add_argument("--tell", type=Path, help=argparse.SUPPRESS)
@@ -551,7 +551,7 @@ def main() -> int:
     print(f"replay: {len(found)} calls; A is {name}, B the working tree; {seconds:.0f} s")
     print("\n".join([*notes, table(pairs)]))
     differ = differing(pairs)
-    listed = differ if args.all else differ[:LISTED]
+    listed = differ if args.all else [p for p in differ if not p.same_code][:LISTED]
     for pair in listed:
         print(pair)
     if len(differ) > len(listed):

@@ -166,7 +166,7 @@ def test_the_command(
 
     monkeypatch.setattr(replay, "checked_out", checked_out)
     monkeypatch.setattr(replay, "cases", lambda: [LIF, SIGMOID])
-    words = ["replay.py", "--base", "v0", "--kept", str(kept)]
+    words = ["replay.py", "--base", "v0", "--kept", str(kept), "--all"]
     monkeypatch.setattr(sys, "argv", words + ["--strict"] * strict)
     assert replay.main() == strict
     said = capsys.readouterr().out
