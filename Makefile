@@ -1,6 +1,8 @@
 # make demo   trains a spiking network on handwritten digits, in an environment of its own
 # make test   formatting, lint, types and tests
 # make test-slow   the exhaustive grids behind the marker "slow"; CI runs them after the rest
+# make replay   compares the kernels with those of the merge base; REPLAY_ARGS="--base REV --strict" asks for others
+# make golden   writes the renders of tests/golden anew
 # PYTHON=python3.12 picks the interpreter, VENV=dir the environment, PYTEST_ARGS="-k lif" the tests.
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +18,7 @@ else
 test_extras := test,examples,cuda12
 endif
 
-.PHONY: demo test check test-slow format clean
+.PHONY: demo test check test-slow replay golden format clean
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/python examples/digits.py
@@ -29,6 +31,12 @@ test check: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	$(run) pytest -n 2 -m slow
+
+replay: $(VENV)/.installed-test
+	$(VENV)/bin/python benchmarks/replay.py $(REPLAY_ARGS)
+
+golden: $(VENV)/.installed-test
+	$(run) tests.test_golden
 
 format: $(VENV)/.installed-test
 	$(run) ruff format .

@@ -1,0 +1,104 @@
+namespace if_forward_float32_hard_k4_l1_r4_ns {
+
+typedef float real;         // arithmetic, states and parameters
+typedef float storage;  // sequences: x, s and their gradients
+constexpr int LANES = 1;  // neurons handled together
+constexpr int K = 4;      // steps between two checkpoints of the state
+constexpr int LOADS = 4;  // rows of x on their way before the first is used
+typedef Row<storage, LANES> Seq;
+
+struct Args {
+  const storage* x_;
+  storage* s_;
+  real* v_last_;
+  real* checkpoints_;
+  real* partials_;
+  const real* v_ptr_;
+  const real* v_threshold_ptr_;
+  const real* v_reset_ptr_;
+  long long N_;
+  real v_value_;
+  real v_threshold_value_;
+  real v_reset_value_;
+  int T_;
+};
+
+// One step of one neuron: charge, fire, reset.
+INLINE_ void step_([[maybe_unused]] const real x, real& z_v_, real& s_, real& h_, [[maybe_unused]] const real v_threshold, [[maybe_unused]] const real v_reset) {
+  const real v = z_v_;
+  const real theta = v_threshold;
+  const real h = v + x;
+  const real s = h >= theta ? real(1) : real(0);
+  const real new_v_ = h * (real(1) - s) + v_reset * s;
+  z_v_ = new_v_;
+  s_ = s;
+  h_ = h;
+}
+
+// All T steps of the neurons first_ .. first_ + LANES - 1, of which valid_ exist.
+INLINE_ void neurons_(const Args& a_, const long long first_, [[maybe_unused]] const int valid_, [[maybe_unused]] real* sums_) {
+  const long long N_ = a_.N_;
+  const int T_ = a_.T_;
+  const real p_v_threshold_ = a_.v_threshold_ptr_ ? *a_.v_threshold_ptr_ : a_.v_threshold_value_;
+  const real p_v_reset_ = a_.v_reset_ptr_ ? *a_.v_reset_ptr_ : a_.v_reset_value_;
+  real z_v_[LANES];
+  load_state(z_v_, a_.v_ptr_, first_, valid_, a_.v_value_);
+
+  long long t_ = 0;
+  for (; t_ + LOADS <= T_; t_ += LOADS) {  // without guards: they would keep loads from being on their way together
+    Seq now_x_[LOADS];
+    UNROLL_ for (int k_ = 0; k_ < LOADS; ++k_) {
+      now_x_[k_] = load_row<LANES>(a_.x_ + first_ + (t_ + k_) * N_, valid_);
+    }
+
+    LOADS_ISSUED_
+    if (a_.checkpoints_ && t_ > 0 && t_ % K == 0) {
+      real* c_ = a_.checkpoints_ + (t_ / K - 1) * (1 * N_) + first_;
+      store_state(z_v_, c_ + 0 * N_, valid_);
+    }
+    UNROLL_ for (int k_ = 0; k_ < LOADS; ++k_) {
+      {
+        Seq out_s_;
+        FOR_LANES_ {
+          real spike_, charged_;
+          step_(to_real(now_x_[k_].lane[l_]), z_v_[l_], spike_, charged_, p_v_threshold_, p_v_reset_);
+          out_s_.lane[l_] = from_real<storage>(spike_);
+        }
+        const long long row_ = first_ + (t_ + k_) * N_;
+        store_row(a_.s_ + row_, out_s_, valid_);
+      }
+    }
+
+  }
+  if (t_ < T_) {
+    const int n_ = (int)(T_ - t_);
+    Seq now_x_[LOADS];
+    UNROLL_ for (int k_ = 0; k_ < LOADS; ++k_) {
+      now_x_[k_] = load_row<LANES>(a_.x_ + first_ + (t_ + (k_ < n_ ? k_ : n_ - 1)) * N_, valid_);
+    }
+
+    LOADS_ISSUED_
+    if (a_.checkpoints_ && t_ > 0 && t_ % K == 0) {
+      real* c_ = a_.checkpoints_ + (t_ / K - 1) * (1 * N_) + first_;
+      store_state(z_v_, c_ + 0 * N_, valid_);
+    }
+    UNROLL_ for (int k_ = 0; k_ < LOADS; ++k_) {
+      if (k_ < n_) {
+        Seq out_s_;
+        FOR_LANES_ {
+          real spike_, charged_;
+          step_(to_real(now_x_[k_].lane[l_]), z_v_[l_], spike_, charged_, p_v_threshold_, p_v_reset_);
+          out_s_.lane[l_] = from_real<storage>(spike_);
+        }
+        const long long row_ = first_ + (t_ + k_) * N_;
+        store_row(a_.s_ + row_, out_s_, valid_);
+      }
+    }
+
+  }
+  if (a_.v_last_) { store_state(z_v_, a_.v_last_ + first_, valid_); }
+}
+
+ENTRY_(if_forward_float32_hard_k4_l1_r4, 0)
+
+}  // namespace
