@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from neuronjit.calls import signature, split
+from neuronjit.multistep import _plans
 from sections import Nothing
 from torch import Tensor
 from warm_start import machine
 
 import neuronjit as nj
-from neuronjit.calls import signature, split
-from neuronjit.multistep import _plans
 from neuronjit.plan import Plan
 
 RESULTS = Path(__file__).parent / "results"

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from typing import IO
 
 from .cache import note_written, report, size_cap
-from .cachedir import STALE_TEMP_S, Untrusted, opened, user_dir, walk, warn_once
+from .cachedir import STALE_TEMP_S, Untrusted, opened, user_dir, walk
 from .cachefile import KEY, MAX_ENTRY, Damaged, decode
 from .errors import BundleError
+from .settings import warn_once
 
 _BLOCK = 512
 _MAX_BYTES = 1 << 30

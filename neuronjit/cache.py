@@ -17,18 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from .cachedir import (
-    CacheWarning,
-    Folder,
-    Untrusted,
-    env,
-    is_shared,
-    opened,
-    search_path,
-    user_dir,
-    walk,
-    warn_once,
-)
+from .cachedir import Folder, Untrusted, is_shared, opened, search_path, user_dir, walk
 from .cachefile import (
     HEAD,
     KEY,
@@ -42,6 +31,7 @@ from .cachefile import (
     read_meta,
 )
 from .cachelock import key_lock
+from .settings import CacheWarning, env, warn_once
 
 __all__ = [
     "SCHEMA",

@@ -11,14 +11,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 
 from .cachefile import KEY, MAX_ENTRY, Damaged
+from .settings import env, warn_once
 
 STALE_TEMP_S = 600.0  # publishing takes milliseconds: a temporary file this old is a dead process's
 TOUCH_AFTER_S = 3600.0  # how finely "last used" is kept, so that a hit seldom writes
@@ -30,52 +29,11 @@ if _POSIX:
     _SAFE = os.O_NOFOLLOW | os.O_CLOEXEC
     _DIRECTORY = _SAFE | os.O_DIRECTORY
     _PARENT = _DIRECTORY | getattr(os, "O_PATH", os.O_RDONLY)  # O_PATH: it need not be readable
-_NOT_THE_USERS = {__name__.partition(".")[0], "torch", "contextlib", "concurrent", "threading"}
 _ALL_IDS, _USUAL_STAND_IN = (1 << 32) - 1, 65534
-_warned: dict[tuple[str, str], object] = {}
-
-
-class CacheWarning(UserWarning):
-    """Something about the kernel cache that costs time, but no result."""
 
 
 class Untrusted(Exception):
     """Somebody else could have put code here."""
-
-
-def warn_once(cause: tuple[str, str], text: str) -> None:
-    """Warns at most once a process and cause, at the line that called the library.
-
-    Raises it where the user turned warnings into errors: so it is called only where nothing is half
-    done, and the same call succeeds when it is made again.
-    """
-    token = object()
-    if _warned.setdefault(cause, token) is token:  # atomic: of many threads one warns
-        warnings.warn(text, CacheWarning, stacklevel=_users_level())
-
-
-def _users_level() -> int:
-    """The `stacklevel` of the innermost frame that is neither ours nor what lies between."""
-    frame, level = sys._getframe(1).f_back, 2
-    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
-        frame, level = frame.f_back, level + 1
-    return level if frame else 2
-
-
-@cache
-def _raised() -> bool:
-    """AT_SECURE: this program was given rights that its caller has not (file capabilities)."""
-    with suppress(OSError, AttributeError, TypeError):  # no such function but on Linux
-        import ctypes
-
-        return bool(ctypes.CDLL(None).getauxval(23))
-    return False
-
-
-def env(name: str) -> str:
-    """One of our variables, or "" where the environment may be another user's."""
-    other = _POSIX and (os.geteuid() != os.getuid() or os.getegid() != os.getgid() or _raised())
-    return "" if other else os.environ.get(name, "")
 
 
 def user_dir() -> str:

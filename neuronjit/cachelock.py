@@ -15,8 +15,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 
-from .cachedir import STALE_TEMP_S, Folder, Untrusted, opened, warn_once
+from .cachedir import STALE_TEMP_S, Folder, Untrusted, opened
 from .cachefile import KEY
+from .settings import warn_once
 
 TIMEOUT_S = 120.0  # after waiting this long, for one that was stopped say, one builds for oneself
 TELL_AFTER_S = 5.0

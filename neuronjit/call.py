@@ -7,13 +7,12 @@ model.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import checks
+from . import checks, settings
 from .errors import InputTypeError, SpecError, known
 from .neurons import NeuronModel, as_model
 from .source import TARGETS
@@ -123,7 +122,7 @@ def as_state(state: Any) -> dict[str, Any]:
 def as_backend(backend: Any) -> str:
     """The backend that was asked for, here or by NEURONJIT_BACKEND."""
     if backend is None:
-        backend = os.environ.get("NEURONJIT_BACKEND") or "auto"
+        backend = settings.backend()
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise SpecError(f"unknown backend {ascii(backend)[:80]}. {known(BACKENDS)}")
     return backend

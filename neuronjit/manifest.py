@@ -17,9 +17,9 @@ from dataclasses import fields
 from typing import Any
 
 from . import neurons, surrogates, targets
-from .cachedir import env, warn_once
 from .errors import NeuronJitError, SpecError, known
 from .neurons import NeuronModel
+from .settings import env, warn_once
 from .source import KernelSpec
 from .surrogates import Surrogate
 

@@ -76,7 +76,7 @@ def fall_back(plan: KernelPlan, error: BackendError | CompileError) -> EagerPlan
         if kept is plan:
             plans[key] = plan.eager
     why = str(error).partition("\n")[0]  # the rest names the kernel
-    warn_once(f"neuronjit runs in eager PyTorch, which is slow: {why}")
+    warn_once(why, f"neuronjit runs in eager PyTorch, which is slow: {why}", UserWarning)
     return plan.eager
 
 
@@ -111,7 +111,8 @@ def choose_target(backend: str, x: Tensor) -> str:
     if backend == "auto":
         if device not in TARGETS:
             where = " and ".join(TARGETS)
-            warn_once(f"neuronjit runs in eager PyTorch on {device}; there are kernels for {where}")
+            text = f"neuronjit runs in eager PyTorch on {device}; there are kernels for {where}"
+            warn_once(device, text, UserWarning)
             return "eager"
         return device
     if backend not in ("eager", device):

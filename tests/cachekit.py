@@ -26,7 +26,7 @@ from pathlib import Path
 
 import pytest
 
-from neuronjit import cache, cachedir, cachefile
+from neuronjit import cache, cachefile, settings
 
 ROOT = Path(__file__).parent.parent
 FINGERPRINT = {"compiler": "toy 1.0", "flags": "-O3"}
@@ -88,7 +88,7 @@ def get(number, size=3000, built=None, pause=0.0):
 
 def forget():
     """Makes this process as good as new to the cache."""
-    for memory in (cache._memory, cache._counts, cache._known, cache._unlisted, cachedir._warned):
+    for memory in (cache._memory, cache._counts, cache._known, cache._unlisted, settings._warned):
         memory.clear()
     for known in (cachedir._stand_in, cachedir._private_group):
         known.cache_clear()

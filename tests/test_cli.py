@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from neuronjit import cache, cachedir, cli, housekeeping
+from neuronjit import cache, cachedir, cli, housekeeping, settings
 
 COMMANDS = [
     "path",
@@ -367,7 +367,7 @@ def test_absurd_times_are_listed(run, kernels, monkeypatch):
 
 def test_warnings_that_are_errors_are_said_and_not_raised(run, kernels, monkeypatch):
     monkeypatch.setenv("NEURONJIT_CACHE_SIZE", "many")
-    monkeypatch.setattr(cachedir, "_warned", {})
+    monkeypatch.setattr(settings, "_warned", {})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         code, out, err = run("stats")
@@ -383,7 +383,7 @@ def test_export_refuses_what_is_no_file(run, kernels, tmp_path):
 def test_import_says_what_the_size_of_the_cache_makes_of_it(run, kernels, tmp_path, monkeypatch):
     bundle = tmp_path / "kernels.njc"
     assert run("export", bundle)[0] == 0
-    monkeypatch.setattr(cachedir, "_warned", {})
+    monkeypatch.setattr(settings, "_warned", {})
     monkeypatch.setenv("NEURONJIT_CACHE_DIR", str(tmp_path / "mine"))
     monkeypatch.setenv("NEURONJIT_CACHE_SIZE", "0")
     code, _, err = run("import", bundle, "--trust")
