@@ -7,7 +7,7 @@ same surrogate with other numbers, `ATan(alpha=3.0)`; as kernel arguments, they 
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -15,10 +15,11 @@ from typing import Any
 from .derivatives import derivative
 from .errors import InputTypeError, SpecError, known
 from .expressions import Node, check_label, check_name, parse_expression
+from .immutable import Immutable, ReadOnly
 
 
-class Surrogate:
-    """A surrogate gradient, written as expressions of u = h - theta.
+class Surrogate(Immutable):
+    """A surrogate gradient, written as expressions of u = h - theta. Immutable.
 
     Args:
         name: any name; appears in kernel names and listings.
@@ -34,6 +35,21 @@ class Surrogate:
         SpecError: a number that is not finite, or `spiking=False` without a primitive.
     """
 
+    name: str
+    derivative: str
+    primitive: str | None
+    params: Mapping[str, float]
+    values: tuple[float, ...]  # of params
+    spiking: bool
+    derivative_tree: Node
+    primitive_tree: Node | None
+    form: Surrogate  # the one that the others with the same expressions were made from
+    token: str  # as a model's; numbers are no part of it
+
+    _advice = "surrogates are immutable; call one to get another, e.g. ATan(alpha=3.0)"
+    _identity: tuple[Any, ...]
+    _hash: int
+
     def __init__(
         self,
         name: str,
@@ -43,27 +59,32 @@ class Surrogate:
         *,
         spiking: bool = True,
     ) -> None:
-        self.name = check_label(name, "surrogate name")
-        self.params = {check_name(p, "surrogate parameter"): 0.0 for p in params or {}}
-        if "u" in self.params:
+        check_label(name, "surrogate name")
+        names = [check_name(p, "surrogate parameter") for p in params or {}]
+        if "u" in names:
             reason = "'u' is the distance to the threshold, not a parameter"
             raise SpecError(f"surrogate '{name}': {reason}")
-        readable = {"u", *self.params}
-        self.derivative = derivative
-        self.primitive = primitive
-        self.derivative_tree = parse_expression(derivative, readable)
-        self.primitive_tree = None if primitive is None else parse_expression(primitive, readable)
-        self.form = self
-        self._identity = (name, derivative, primitive, tuple(self.params))
-        self._hash = hash(self._identity)
-        self.token = json.dumps(self._identity)  # as a model's; numbers are no part of it
-        self._set(params or {}, spiking)
+        readable = {"u", *names}
+        identity = (name, derivative, primitive, tuple(names))
+        self.__dict__.update(
+            name=name,
+            derivative=derivative,
+            primitive=primitive,
+            derivative_tree=parse_expression(derivative, readable),
+            primitive_tree=None if primitive is None else parse_expression(primitive, readable),
+            form=self,
+            token=json.dumps(identity),
+            _identity=identity,
+            _hash=hash(identity),
+        )
+        self._set(dict.fromkeys(names, 0.0), params or {}, spiking)
 
-    def _set(self, params: Mapping[str, Any], spiking: bool) -> None:
+    def _set(self, numbers: dict[str, float], params: Mapping[str, Any], spiking: bool) -> None:
+        """While the object is made: `numbers`, with those in `params` instead."""
         this = f"surrogate '{self.name}'"
         for key, value in params.items():
-            if key not in self.params:
-                raise SpecError(f"{this} has no parameter '{key}'. {known(self.params)}")
+            if key not in numbers:
+                raise SpecError(f"{this} has no parameter '{key}'. {known(numbers)}")
             try:
                 number = float(value)
             except OverflowError:
@@ -71,20 +92,33 @@ class Surrogate:
             except (TypeError, ValueError):
                 reason = f"{this}: {key} must be a number, got {value!r:.80}"
                 raise InputTypeError(reason) from None
-            if not math.isfinite(number):
+            if not abs(number) <= sys.float_info.max:
                 raise SpecError(f"{this}: {key} must be finite, got {number}")
-            self.params[key] = number
+            numbers[key] = number
         if not spiking and self.primitive is None:
             raise SpecError(f"{this} has no primitive, so spiking=False has no output to give")
-        self.spiking = bool(spiking)
-        self.values = tuple(self.params.values())
+        advice = f"surrogates are immutable: {self.name}({{change}}) gives another one"
+        self.__dict__.update(
+            params=ReadOnly(numbers, advice),
+            values=tuple(numbers.values()),
+            spiking=bool(spiking),
+        )
 
-    def __call__(self, *, spiking: bool | None = None, **params: float) -> Surrogate:
-        """The same surrogate with other numbers, e.g. `ATan(alpha=3.0, spiking=False)`."""
+    def __call__(self, *numbers: float, spiking: bool | None = None, **params: float) -> Surrogate:
+        """The same surrogate with other numbers: `ATan(3.0)` or `ATan(alpha=3.0, spiking=False)`.
+
+        Numbers without a name are those of `params`, in their order.
+        """
+        if len(numbers) > len(self.params):
+            given = f"surrogate '{self.name}' takes {len(self.params)} numbers, got {len(numbers)}"
+            raise SpecError(f"{given}. {known(self.params)}")
+        placed = dict(zip(self.params, numbers, strict=False))
+        if twice := placed.keys() & params.keys():
+            raise SpecError(f"surrogate '{self.name}': {sorted(twice)} given twice")
         other = object.__new__(Surrogate)
         other.__dict__.update(self.__dict__)
-        other.params = dict(self.params)
-        other._set(params, self.spiking if spiking is None else spiking)
+        chosen = self.spiking if spiking is None else spiking
+        other._set(dict(self.params), {**placed, **params}, chosen)
         return other
 
     @cached_property
@@ -95,9 +129,9 @@ class Surrogate:
         return derivative(self.primitive_tree, "u")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as its text, for hashes of text differ between processes."""
-        form = self.name, self.derivative, self.primitive, self.form.params
-        return _unpickle, (form, self.params, self.spiking)
+        """Pickle the constructor's arguments: str hashes differ between processes."""
+        form = self.name, self.derivative, self.primitive, dict(self.form.params)
+        return _unpickle, (form, dict(self.params), self.spiking)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Surrogate):
