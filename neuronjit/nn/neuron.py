@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from ..checks import check_number
 from ..errors import SpecError, known
-from ..multistep import Output, multistep
+from ..multistep import Output, multistep, note_carried
 from ..neurons import NeuronModel, as_model
 from ..surrogates import ATan, Sigmoid, Surrogate, as_surrogate
 
@@ -203,6 +204,8 @@ class Neuron(torch.nn.Module):
                 value = value.to(x.device)
                 if value.is_inference() and not torch.is_inference_mode_enabled():
                     value = value.clone()  # autograd cannot save it: training after an evaluation
+                if value.requires_grad and not is_compiling():
+                    note_carried(value, type(self).__name__)
             kept[name] = value
         return kept
 
