@@ -86,6 +86,8 @@ class Surrogate(Immutable):
             if key not in numbers:
                 raise SpecError(f"{this} has no parameter '{key}'. {known(numbers)}")
             try:
+                if isinstance(value, bool | str | bytes):
+                    raise TypeError
                 number = float(value)
             except OverflowError:
                 raise SpecError(f"{this}: {key} must be finite") from None
@@ -151,8 +153,20 @@ def _unpickle(form: tuple[Any, ...], params: dict[str, float], spiking: bool) ->
     return Surrogate(*form)(spiking=spiking, **params)
 
 
+# abs(u) in primitives: its slope at u = 0 is that of u > 0, where abs has the slope 0
+_DISTANCE = "where(u < 0, -u, u)"
+
+
 def _sigmoid_like(alpha: str) -> str:
     return f"{alpha} * sigmoid({alpha} * u) * (1 - sigmoid({alpha} * u))"
+
+
+def _from_tail(tail: str) -> str:
+    """The primitive that is `tail` below the threshold, and symmetric about it.
+
+    Written so, it keeps its digits far below, and neither branch overflows where it is closed.
+    """
+    return f"where(u < 0, {tail}, 1 - {tail})"
 
 
 Sigmoid = Surrogate("Sigmoid", _sigmoid_like("alpha"), "sigmoid(alpha * u)", dict(alpha=4.0))
@@ -165,7 +179,7 @@ ATan = Surrogate(
 PiecewiseLeakyReLU = Surrogate(
     "PiecewiseLeakyReLU",
     "where(abs(u) < w, 0.5 / w, c)",
-    "where(u < -w, c * u + c * w, where(u > w, c * u - c * w + 1, 0.5 * u / w + 0.5))",
+    "where(u <= -w, c * u + c * w, where(u >= w, c * u - c * w + 1, 0.5 * u / w + 0.5))",
     dict(w=1.0, c=0.01),
 )
 S2NN = Surrogate(
@@ -177,8 +191,7 @@ S2NN = Surrogate(
 QPseudoSpike = Surrogate(
     "QPseudoSpike",
     "(1 + 2 * abs(u) / (alpha - 1))**(-alpha)",
-    "where(u < 0, 0.5 * (1 + 2 * abs(u) / (alpha - 1))**(1 - alpha), "
-    "1 - 0.5 * (1 + 2 * abs(u) / (alpha - 1))**(1 - alpha))",
+    _from_tail(f"0.5 * (1 + 2 * {_DISTANCE} / (alpha - 1))**(1 - alpha)"),
     dict(alpha=2.0),
 )
 LeakyKReLU = Surrogate(
@@ -196,40 +209,44 @@ LogTailedReLU = Surrogate(
 PiecewiseQuadratic = Surrogate(
     "PiecewiseQuadratic",
     "maximum(0, alpha - alpha * alpha * abs(u))",
-    "where(abs(u) * alpha < 1, 0.5 - 0.5 * alpha * alpha * abs(u) * u + alpha * u, "
-    "where(u < 0, 0, 1))",
+    _from_tail(f"0.5 * maximum(0, 1 - alpha * {_DISTANCE})**2"),
     dict(alpha=1.0),
 )
 Triangle = PiecewiseQuadratic
 PiecewiseExp = Surrogate(
     "PiecewiseExp",
     "0.5 * alpha * exp(-alpha * abs(u))",
-    "where(u < 0, 0.5 * exp(-alpha * abs(u)), 1 - 0.5 * exp(-alpha * abs(u)))",
+    _from_tail(f"0.5 * exp(-alpha * {_DISTANCE})"),
     dict(alpha=1.0),
 )
 SoftSign = Surrogate(
     "SoftSign",
     "0.5 / (alpha * (1 / alpha + abs(u))**2)",
-    "0.5 * (alpha * u / (1 + abs(alpha * u)) + 1)",
+    _from_tail(f"0.5 / (1 + alpha * {_DISTANCE})"),
     dict(alpha=2.0),
 )
 SuperSpike = Surrogate("SuperSpike", "alpha / (1 + abs(u))**2", None, dict(alpha=1.0))
 FastSigmoid = Surrogate(
-    "FastSigmoid", "1 / (1 + k * abs(u))**2", "u / (1 + k * abs(u)) + 0.5", dict(k=25.0)
+    "FastSigmoid",
+    "1 / (1 + k * abs(u))**2",
+    # u / (1 + k |u|) + 0.5; written as on the right far from 0, where its slope would lose digits
+    f"0.5 + where(k * {_DISTANCE} < 1, u / (1 + k * {_DISTANCE}), "
+    f"where(u < 0, -1, 1) * (1 - 1 / (1 + k * {_DISTANCE})) / where(k > 0, k, 1))",
+    dict(k=25.0),
 )
 Erf = Surrogate(
-    "Erf", "alpha / sqrt(pi) * exp(-(alpha * u)**2)", "0.5 * (1 + erf(alpha * u))", dict(alpha=2.0)
+    "Erf", "alpha / sqrt(pi) * exp(-(alpha * u)**2)", "0.5 * erfc(-alpha * u)", dict(alpha=2.0)
 )
 NonzeroSignLogAbs = Surrogate(
     "NonzeroSignLogAbs",
     "1 / (1 / alpha + abs(u))",
-    "where(u < 0, -1, 1) * log(alpha * abs(u) + 1)",
+    f"where(u < 0, -1, 1) * log(alpha * {_DISTANCE} + 1)",
     dict(alpha=1.0),
 )
 Rect = Surrogate(
     "Rect",
     "where(abs(u) < 0.5 / alpha, alpha, 0)",
-    "minimum(maximum(alpha * u + 0.5, 0), 1)",
+    "where(abs(u) < 0.5 / alpha, alpha * u + 0.5, where(u < 0, 0, 1))",
     dict(alpha=1.0),
 )
 StraightThrough = Surrogate("StraightThrough", "1", "u")
@@ -239,7 +256,7 @@ SpikeRateEscape = Surrogate(
 Gaussian = Surrogate(
     "Gaussian",
     "exp(-0.5 * (u / sigma)**2) / (sigma * sqrt(2 * pi))",
-    "0.5 * (1 + erf(u / (sigma * sqrt(2))))",
+    "0.5 * erfc(-u / (sigma * sqrt(2)))",
     dict(sigma=1.0),
 )
 Tanh = Surrogate("Tanh", "1 - tanh(k * u)**2", "tanh(k * u) / k + 0.5", dict(k=1.0))
