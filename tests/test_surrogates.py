@@ -305,7 +305,7 @@ IMMUTABLE = [
     nj.neurons.IZHIKEVICH,
     OURS,
     nj.surrogates.ATan,
-    nj.surrogates.Sigmoid(3.0),
+    nj.surrogates.Sigmoid(alpha=3.0),
 ]
 each_immutable = pytest.mark.parametrize("value", IMMUTABLE, ids=lambda value: value.name)
 
