@@ -94,9 +94,8 @@ class NeuronModel(Immutable):
         described = dict(
             name=name, equations=equations, state=state, params=params, strict=bool(strict)
         )
-        identity = (
-            name, equations, tuple(state.items()), tuple(params.items()), bool(strict), positive
-        )  # fmt: skip
+        numbers = repr((state, params))  # as text: -0.0 is another default than 0.0
+        identity = (name, equations, numbers, bool(strict), positive)
         self.__dict__.update(
             described,
             state=ReadOnly(state, _OTHER_STATE),

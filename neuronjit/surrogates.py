@@ -17,6 +17,9 @@ from .errors import InputTypeError, SpecError, known
 from .expressions import Node, check_label, check_name, parse_expression
 from .immutable import Immutable, ReadOnly
 
+_NO_NUMBERS = bool, str, bytes  # though float() takes them
+_ANOTHER = "({change}) gives another one"
+
 
 class Surrogate(Immutable):
     """A surrogate gradient, written as expressions of u = h - theta. Immutable.
@@ -81,12 +84,12 @@ class Surrogate(Immutable):
 
     def _set(self, numbers: dict[str, float], params: Mapping[str, Any], spiking: bool) -> None:
         """While the object is made: `numbers`, with those in `params` instead."""
-        this = f"surrogate '{self.name}'"
         for key, value in params.items():
+            this = f"surrogate '{self.name}'"
             if key not in numbers:
                 raise SpecError(f"{this} has no parameter '{key}'. {known(numbers)}")
             try:
-                if isinstance(value, bool | str | bytes):
+                if isinstance(value, _NO_NUMBERS):
                     raise TypeError
                 number = float(value)
             except OverflowError:
@@ -98,30 +101,32 @@ class Surrogate(Immutable):
                 raise SpecError(f"{this}: {key} must be finite, got {number}")
             numbers[key] = number
         if not spiking and self.primitive is None:
-            raise SpecError(f"{this} has no primitive, so spiking=False has no output to give")
-        advice = f"surrogates are immutable: {self.name}({{change}}) gives another one"
-        self.__dict__.update(
-            params=ReadOnly(numbers, advice),
-            values=tuple(numbers.values()),
-            spiking=bool(spiking),
-        )
+            reason = "has no primitive, so spiking=False has no output to give"
+            raise SpecError(f"surrogate '{self.name}' {reason}")
+        own = self.__dict__
+        own["params"] = ReadOnly(numbers, f"surrogates are immutable: {self.name}{_ANOTHER}")
+        own["values"], own["spiking"] = tuple(numbers.values()), bool(spiking)
 
     def __call__(self, *numbers: float, spiking: bool | None = None, **params: float) -> Surrogate:
         """The same surrogate with other numbers: `ATan(3.0)` or `ATan(alpha=3.0, spiking=False)`.
 
         Numbers without a name are those of `params`, in their order.
         """
+        if numbers:
+            params = self._in_order(numbers, params)
+        other = object.__new__(Surrogate)
+        other.__dict__.update(self.__dict__)
+        other._set(dict(self.params), params, self.spiking if spiking is None else spiking)
+        return other
+
+    def _in_order(self, numbers: tuple[float, ...], params: dict[str, float]) -> dict[str, float]:
         if len(numbers) > len(self.params):
             given = f"surrogate '{self.name}' takes {len(self.params)} numbers, got {len(numbers)}"
             raise SpecError(f"{given}. {known(self.params)}")
         placed = dict(zip(self.params, numbers, strict=False))
         if twice := placed.keys() & params.keys():
             raise SpecError(f"surrogate '{self.name}': {sorted(twice)} given twice")
-        other = object.__new__(Surrogate)
-        other.__dict__.update(self.__dict__)
-        chosen = self.spiking if spiking is None else spiking
-        other._set(dict(self.params), {**placed, **params}, chosen)
-        return other
+        return placed | params
 
     @cached_property
     def smooth_derivative_tree(self) -> Node:
@@ -139,7 +144,9 @@ class Surrogate(Immutable):
         if not isinstance(other, Surrogate):
             return False
         mine = self._identity, self.values, self.spiking
-        return mine == (other._identity, other.values, other.spiking)
+        if mine != (other._identity, other.values, other.spiking):
+            return False
+        return 0.0 not in self.values or repr(self.values) == repr(other.values)  # -0.0 is not 0.0
 
     def __hash__(self) -> int:
         return self._hash

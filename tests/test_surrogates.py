@@ -295,6 +295,20 @@ def test_numbers_that_cannot_be(make: Any, error: type[Exception], words: str) -
         make(nj.surrogates)
 
 
+def test_minus_zero_is_another_number() -> None:
+    """Equal ones share plans, and so the sign of their zeros."""
+    plus, minus = (nj.surrogates.LeakyKReLU(leak=zero) for zero in (0.0, -0.0))
+    assert plus != minus and plus == nj.surrogates.LeakyKReLU()
+    for name in ("state", "params"):
+        numbers = [{"v": 0.0} | ({"v": z} if name == "state" else {}) for z in (0.0, -0.0)]
+        params = [{"v_reset": z} if name == "params" else {} for z in (0.0, -0.0)]
+        plus, minus = (
+            nj.NeuronModel("m", "h = v + x", state=s, params=p)
+            for s, p in zip(numbers, params, strict=True)
+        )
+        assert plus != minus
+
+
 # --- models and surrogates never change -----------------------------------------------------------
 
 OURS = nj.NeuronModel(
