@@ -38,15 +38,12 @@ def spread(low, high, count):
 
 
 def leaky(count):
-    return nj.nn.Neuron(
-        LEAKY, surrogate="ATan", reset="soft", channels=count, leak=spread(0.7, 16, count)
-    )
+    return nj.nn.Neuron(LEAKY, reset="soft", channels=count, leak=spread(0.7, 16, count))
 
 
 def adaptive(count):
     return nj.nn.Neuron(
         ADAPTIVE,
-        surrogate="ATan",
         reset="soft",
         channels=count,
         leak=spread(0.7, 16, count),

@@ -43,7 +43,7 @@ def make_net(neuron: str) -> nn.Sequential:
     """`[T, N, 1, 8, 8]` to `[T, N, 10]`: two convolutions and a dense layer that spike."""
 
     def spiking() -> nj.nn.Neuron:
-        return NEURONS[neuron](surrogate_function=nj.surrogates.ATan(), detach_reset=True)
+        return NEURONS[neuron](detach_reset=True)
 
     return nn.Sequential(
         EachStep(nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32, momentum=0.3)),

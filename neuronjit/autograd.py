@@ -171,7 +171,10 @@ class _Multistep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, checkpoints, *tensors = ctx.saved_tensors
+        try:
+            x, checkpoints, *tensors = ctx.saved_tensors
+        except RuntimeError as error:  # freed by an earlier backward
+            raise _graph_is_gone(ctx, grads, error) from None
         wanted = ctx.needs_input_grad[1:]
         if all(grad is None for grad in grads):
             return (None, *(None for _ in wanted))
@@ -182,6 +185,27 @@ class _Multistep(torch.autograd.Function):
             arrived = [grad for grad in grads if grad is not None]
             results = [r if r is None else _Once.apply(r, x, *arrived, *tensors) for r in results]  # type: ignore[no-untyped-call]
         return (None, *results)
+
+
+def note_carried(state: Tensor, layer: str) -> None:
+    """Remember in the call that made `state` that `layer` passes it on to its next call."""
+    node: Any = state.grad_fn
+    if getattr(node, "_forward_cls", None) is _Multistep:
+        node.carried_by = layer
+
+
+def _graph_is_gone(ctx: Any, grads: Sequence[Tensor | None], error: RuntimeError) -> RuntimeError:
+    """The error for a state that was carried over; torch's own for any other second backward."""
+    layer = getattr(ctx, "carried_by", None)
+    states = grads[1 : 1 + len(ctx.plan.final)]
+    others = (grads[0], *grads[1 + len(ctx.plan.final) :])
+    only_states = any(g is not None for g in states) and all(g is None for g in others)
+    if layer is None or not only_states:
+        return error
+    return RuntimeError(
+        f"the state of {layer} was carried over from the last call and its graph is gone: call"
+        " reset_net(net) (or detach_net(net)) between batches"
+    )
 
 
 # outside of torch.func; within it, the usual apply says what is wrong

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from . import bundle, cache, engine, housekeeping, manifest, prebuild, targets
-from .cachedir import CacheWarning, search_path, user_dir
+from .cachedir import search_path, user_dir
 from .errors import InputTypeError, NeuronJitError, SpecError
+from .settings import CacheWarning
 from .source import STORAGE, TARGETS
 from .terminal import ask, complain, in_bytes, progress, say, say_json, say_lines, table
 

@@ -122,6 +122,9 @@ _PARTIALS: dict[str, Callable[..., Sequence[Node]]] = {
     "erf": lambda n, a: (
         multiply(number(2 / math.sqrt(math.pi)), Node("exp", (negate(multiply(a, a)),))),
     ),
+    "erfc": lambda n, a: (
+        multiply(number(-2 / math.sqrt(math.pi)), Node("exp", (negate(multiply(a, a)),))),
+    ),
     "abs": lambda n, a: (Node("sign", (a,)),),
     "minimum": lambda n, a, b: _choice(a, b, "<"),
     "maximum": lambda n, a, b: _choice(a, b, ">"),

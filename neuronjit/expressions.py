@@ -24,7 +24,7 @@ MAX_DEPTH = 100
 # arity of every function of the language; each target header defines it as <name>_
 FUNCTIONS = {
     "exp": 1, "log": 1, "sqrt": 1, "tanh": 1, "sigmoid": 1, "sin": 1, "cos": 1, "atan": 1, "erf": 1,
-    "abs": 1, "sign": 1, "minimum": 2, "maximum": 2, "where": 3, "detach": 1,
+    "erfc": 1, "abs": 1, "sign": 1, "minimum": 2, "maximum": 2, "where": 3, "detach": 1,
 }  # fmt: skip
 CONSTANTS = {"pi": math.pi}
 
@@ -290,6 +290,6 @@ def small_power(node: Node) -> bool:
 
 def plain(text: str) -> list[str]:
     """Equations that were checked, a statement a line, without comments, quotes or backslashes."""
-    lines = text.splitlines()
+    lines = text.strip("\n").splitlines()
     indent = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
     return ast.unparse(ast.parse("\n".join(line[indent:] for line in lines))).splitlines()

@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import EquationError, InputTypeError, SpecError, known
 from .expressions import Node, Statement, check_label, check_name, name, number, parse_block, plain
+from .immutable import Immutable, ReadOnly
 
 _RESERVED = {
     "x": "the input",
@@ -18,10 +19,15 @@ _RESERVED = {
     "h": "the charged membrane potential",
     "theta": "the threshold",
 }
+_EVERY_MODELS = {"v_threshold": 1.0, "v_reset": 0.0}
+_OTHER_STATE = "models are immutable: pass state={...} to the call, or make a new NeuronModel(...)"
+_OTHER_NUMBERS = (
+    "models are immutable: pass {change} to the call or layer, or make a new NeuronModel(...)"
+)
 
 
-class NeuronModel:
-    """The equations of a neuron, run once a time step.
+class NeuronModel(Immutable):
+    """The equations of a neuron, run once a time step. Immutable.
 
     Args:
         name: any name; appears in kernel names and listings.
@@ -41,6 +47,20 @@ class NeuronModel:
         EquationError: equations outside the language; names the line and the word.
     """
 
+    name: str
+    equations: str
+    state: Mapping[str, float]
+    params: Mapping[str, float]
+    strict: bool
+    positive: frozenset[str]
+    statements: tuple[Statement, ...]
+    own_reset: bool  # the block assigns v
+    token: str  # what a compiled graph holds of the model: a constant, readable in any process
+
+    _advice = "models are immutable; make a new NeuronModel(name, equations, ...)"
+    _identity: tuple[Any, ...]
+    _hash: int
+
     def __init__(
         self,
         name: str,
@@ -51,45 +71,50 @@ class NeuronModel:
         strict: bool = False,
         positive: Iterable[str] = (),
     ) -> None:
-        self.name = check_label(name, "model name")
-        self.equations = equations
-        self.state = {check_name(k, "state"): _number(k, v) for k, v in state.items()}
-        defaults = {"v_threshold": 1.0, "v_reset": 0.0}
-        self.params = {check_name(k, "parameter"): _number(k, v) for k, v in (params or {}).items()}
-        self.params |= {k: v for k, v in defaults.items() if k not in self.params}
-        self.strict = bool(strict)
-        self.positive = frozenset(positive)
+        check_label(name, "model name")
         this = f"model '{name}'"
-        for key in [*self.state, *self.params]:
+        state = {check_name(k, "state"): _number(k, v) for k, v in state.items()}
+        params = {check_name(k, "parameter"): _number(k, v) for k, v in (params or {}).items()}
+        params = {**params, **{k: v for k, v in _EVERY_MODELS.items() if k not in params}}
+        positive = frozenset(positive)
+        for key in [*state, *params]:
             if key in _RESERVED:
                 reason = f"'{key}' is {_RESERVED[key]}; it cannot be a state or a parameter"
                 raise EquationError(f"{this}: {reason}")
-        if "v" not in self.state:
-            reason = f"the membrane potential 'v' must be one of the states {list(self.state)}"
+        if "v" not in state:
+            reason = f"the membrane potential 'v' must be one of the states {list(state)}"
             raise EquationError(f"{this}: {reason}")
-        if both := self.state.keys() & self.params.keys():
+        if both := state.keys() & params.keys():
             raise EquationError(f"{this}: {sorted(both)} cannot be both a state and a parameter")
-        if unknown := self.positive - self.params.keys():
-            raise EquationError(f"{this}: positive names {sorted(unknown)}. {known(self.params)}")
-        readable = {"x", "s", "theta", *self.state, *self.params}
-        self.statements = _check_block(self, parse_block(equations, readable))
-        self.own_reset = any(s.target == "v" for s in self.statements)
-        self._identity = (
-            name, equations, tuple(self.state.items()), tuple(self.params.items()),
-            self.strict, self.positive,
-        )  # fmt: skip
-        self._hash = hash(self._identity)
-        described = ("name", "state", "params", "strict")
-        # what a compiled graph holds of the model: a constant, readable in any other process
-        self.token = json.dumps(
-            {k: getattr(self, k) for k in described}
-            | {"equations": plain(equations), "positive": sorted(self.positive)}
+        if unknown := positive - params.keys():
+            raise EquationError(f"{this}: positive names {sorted(unknown)}. {known(params)}")
+        readable = {"x", "s", "theta", *state, *params}
+        statements = parse_block(equations, readable)
+        _check_block(name, params, statements)
+        described = dict(
+            name=name, equations=equations, state=state, params=params, strict=bool(strict)
+        )
+        numbers = repr((state, params))  # as text: -0.0 is another default than 0.0
+        identity = (name, equations, numbers, bool(strict), positive)
+        self.__dict__.update(
+            described,
+            state=ReadOnly(state, _OTHER_STATE),
+            params=ReadOnly(params, _OTHER_NUMBERS),
+            positive=positive,
+            statements=statements,
+            own_reset=any(s.target == "v" for s in statements),
+            # what a compiled graph holds of the model: a constant, readable in any other process
+            token=json.dumps(
+                {**described, "equations": plain(equations), "positive": sorted(positive)}
+            ),
+            _identity=identity,
+            _hash=hash(identity),
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as its text, for hashes of text differ between processes."""
-        chosen = (self.name, self.equations, self.state, self.params, self.strict, self.positive)
-        return _unpickle, chosen
+        """Pickle the constructor's arguments: str hashes differ between processes."""
+        numbers = dict(self.state), dict(self.params)
+        return _unpickle, (self.name, self.equations, *numbers, self.strict, self.positive)
 
     def __eq__(self, other: object) -> bool:
         same = isinstance(other, NeuronModel) and self._identity == other._identity
@@ -165,8 +190,10 @@ def _number(key: str, value: Any) -> float:
     return float(value)
 
 
-def _check_block(model: NeuronModel, statements: tuple[Statement, ...]) -> tuple[Statement, ...]:
-    """The rules about x, h, theta and s that parsing alone does not know."""
+def _check_block(
+    model: str, params: Mapping[str, float], statements: tuple[Statement, ...]
+) -> None:
+    """The rules about x, h, theta and s that parsing alone does not know. Raises EquationError."""
     assigned: set[str] = set()
     fired = False
     own_theta = any(s.target == "theta" for s in statements)
@@ -179,7 +206,7 @@ def _check_block(model: NeuronModel, statements: tuple[Statement, ...]) -> tuple
             raise EquationError(where + reason)
         if "theta" in reads and own_theta and "theta" not in assigned:
             raise EquationError(f"{where}'theta' is read before it is assigned")
-        if target in ("x", "s") or target in model.params:
+        if target in ("x", "s") or target in params:
             what = _RESERVED.get(target, "a parameter")
             raise EquationError(f"{where}'{target}' is {what}; it cannot be assigned")
         if target in ("h", "theta") and fired:
@@ -188,8 +215,7 @@ def _check_block(model: NeuronModel, statements: tuple[Statement, ...]) -> tuple
         assigned.add(target)
     if "h" not in assigned:
         reason = "'h', the charged membrane potential, is never assigned"
-        raise EquationError(f"model '{model.name}': {reason}")
-    return statements
+        raise EquationError(f"model '{model}': {reason}")
 
 
 # The six models of SpikingJelly's CuPy kernels, in their order of operations. With soft reset,

@@ -7,7 +7,7 @@ same surrogate with other numbers, `ATan(alpha=3.0)`; as kernel arguments, they 
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -15,10 +15,14 @@ from typing import Any
 from .derivatives import derivative
 from .errors import InputTypeError, SpecError, known
 from .expressions import Node, check_label, check_name, parse_expression, plain
+from .immutable import Immutable, ReadOnly
+
+_NO_NUMBERS = bool, str, bytes  # though float() takes them
+_ANOTHER = "({change}) gives another one"
 
 
-class Surrogate:
-    """A surrogate gradient, written as expressions of u = h - theta.
+class Surrogate(Immutable):
+    """A surrogate gradient, written as expressions of u = h - theta. Immutable.
 
     Args:
         name: any name; appears in kernel names and listings.
@@ -34,6 +38,21 @@ class Surrogate:
         SpecError: a number that is not finite, or `spiking=False` without a primitive.
     """
 
+    name: str
+    derivative: str
+    primitive: str | None
+    params: Mapping[str, float]
+    values: tuple[float, ...]  # of params
+    spiking: bool
+    derivative_tree: Node
+    primitive_tree: Node | None
+    form: Surrogate  # the one that the others with the same expressions were made from
+    token: str  # as a model's; numbers are no part of it
+
+    _advice = "surrogates are immutable; call one to get another, e.g. ATan(alpha=3.0)"
+    _identity: tuple[Any, ...]
+    _hash: int
+
     def __init__(
         self,
         name: str,
@@ -43,51 +62,74 @@ class Surrogate:
         *,
         spiking: bool = True,
     ) -> None:
-        self.name = check_label(name, "surrogate name")
-        self.params = {check_name(p, "surrogate parameter"): 0.0 for p in params or {}}
-        if "u" in self.params:
+        check_label(name, "surrogate name")
+        names = [check_name(p, "surrogate parameter") for p in params or {}]
+        if "u" in names:
             reason = "'u' is the distance to the threshold, not a parameter"
             raise SpecError(f"surrogate '{name}': {reason}")
-        readable = {"u", *self.params}
-        self.derivative = derivative
-        self.primitive = primitive
-        self.derivative_tree = parse_expression(derivative, readable)
-        self.primitive_tree = None if primitive is None else parse_expression(primitive, readable)
-        self.form = self
-        self._identity = (name, derivative, primitive, tuple(self.params))
-        self._hash = hash(self._identity)
-        # as a model's; numbers are no part of it
-        slope, smooth = plain(derivative.strip()), primitive and plain(primitive.strip())
-        self.token = json.dumps([name, slope, smooth, list(self.params)])
-        self._set(params or {}, spiking)
+        readable = {"u", *names}
+        identity = (name, derivative, primitive, tuple(names))
+        self.__dict__.update(
+            name=name,
+            derivative=derivative,
+            primitive=primitive,
+            derivative_tree=parse_expression(derivative, readable),
+            primitive_tree=None if primitive is None else parse_expression(primitive, readable),
+            form=self,
+            # as a model's; numbers are no part of it
+            token=json.dumps(
+                [name, plain(derivative), None if primitive is None else plain(primitive), names]
+            ),
+            _identity=identity,
+            _hash=hash(identity),
+        )
+        self._set(dict.fromkeys(names, 0.0), params or {}, spiking)
 
-    def _set(self, params: Mapping[str, Any], spiking: bool) -> None:
-        this = f"surrogate '{self.name}'"
+    def _set(self, numbers: dict[str, float], params: Mapping[str, Any], spiking: bool) -> None:
+        """While the object is made: `numbers`, with those in `params` instead."""
         for key, value in params.items():
-            if key not in self.params:
-                raise SpecError(f"{this} has no parameter '{key}'. {known(self.params)}")
+            this = f"surrogate '{self.name}'"
+            if key not in numbers:
+                raise SpecError(f"{this} has no parameter '{key}'. {known(numbers)}")
             try:
+                if isinstance(value, _NO_NUMBERS):
+                    raise TypeError
                 number = float(value)
             except OverflowError:
                 raise SpecError(f"{this}: {key} must be finite") from None
             except (TypeError, ValueError):
                 reason = f"{this}: {key} must be a number, got {value!r:.80}"
                 raise InputTypeError(reason) from None
-            if not math.isfinite(number):
+            if not abs(number) <= sys.float_info.max:
                 raise SpecError(f"{this}: {key} must be finite, got {number}")
-            self.params[key] = number
+            numbers[key] = number
         if not spiking and self.primitive is None:
-            raise SpecError(f"{this} has no primitive, so spiking=False has no output to give")
-        self.spiking = bool(spiking)
-        self.values = tuple(self.params.values())
+            reason = "has no primitive, so spiking=False has no output to give"
+            raise SpecError(f"surrogate '{self.name}' {reason}")
+        own = self.__dict__
+        own["params"] = ReadOnly(numbers, f"surrogates are immutable: {self.name}{_ANOTHER}")
+        own["values"], own["spiking"] = tuple(numbers.values()), bool(spiking)
 
-    def __call__(self, *, spiking: bool | None = None, **params: float) -> Surrogate:
-        """The same surrogate with other numbers, e.g. `ATan(alpha=3.0, spiking=False)`."""
+    def __call__(self, *numbers: float, spiking: bool | None = None, **params: float) -> Surrogate:
+        """The same surrogate with other numbers: `ATan(3.0)` or `ATan(alpha=3.0, spiking=False)`.
+
+        Numbers without a name are those of `params`, in their order.
+        """
+        if numbers:
+            params = self._in_order(numbers, params)
         other = object.__new__(Surrogate)
         other.__dict__.update(self.__dict__)
-        other.params = dict(self.params)
-        other._set(params, self.spiking if spiking is None else spiking)
+        other._set(dict(self.params), params, self.spiking if spiking is None else spiking)
         return other
+
+    def _in_order(self, numbers: tuple[float, ...], params: dict[str, float]) -> dict[str, float]:
+        if len(numbers) > len(self.params):
+            given = f"surrogate '{self.name}' takes {len(self.params)} numbers, got {len(numbers)}"
+            raise SpecError(f"{given}. {known(self.params)}")
+        placed = dict(zip(self.params, numbers, strict=False))
+        if twice := placed.keys() & params.keys():
+            raise SpecError(f"surrogate '{self.name}': {sorted(twice)} given twice")
+        return placed | params
 
     @cached_property
     def smooth_derivative_tree(self) -> Node:
@@ -97,15 +139,17 @@ class Surrogate:
         return derivative(self.primitive_tree, "u")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as its text, for hashes of text differ between processes."""
-        form = self.name, self.derivative, self.primitive, self.form.params
-        return _unpickle, (form, self.params, self.spiking)
+        """Pickle the constructor's arguments: str hashes differ between processes."""
+        form = self.name, self.derivative, self.primitive, dict(self.form.params)
+        return _unpickle, (form, dict(self.params), self.spiking)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Surrogate):
             return False
         mine = self._identity, self.values, self.spiking
-        return mine == (other._identity, other.values, other.spiking)
+        if mine != (other._identity, other.values, other.spiking):
+            return False
+        return 0.0 not in self.values or repr(self.values) == repr(other.values)  # -0.0 is not 0.0
 
     def __hash__(self) -> int:
         return self._hash
@@ -119,8 +163,20 @@ def _unpickle(form: tuple[Any, ...], params: dict[str, float], spiking: bool) ->
     return Surrogate(*form)(spiking=spiking, **params)
 
 
+# abs(u) in primitives: its slope at u = 0 is that of u > 0, where abs has the slope 0
+_DISTANCE = "where(u < 0, -u, u)"
+
+
 def _sigmoid_like(alpha: str) -> str:
     return f"{alpha} * sigmoid({alpha} * u) * (1 - sigmoid({alpha} * u))"
+
+
+def _from_tail(tail: str) -> str:
+    """The primitive that is `tail` below the threshold, and symmetric about it.
+
+    Written so, it keeps its digits far below, and neither branch overflows where it is closed.
+    """
+    return f"where(u < 0, {tail}, 1 - {tail})"
 
 
 Sigmoid = Surrogate("Sigmoid", _sigmoid_like("alpha"), "sigmoid(alpha * u)", dict(alpha=4.0))
@@ -133,7 +189,7 @@ ATan = Surrogate(
 PiecewiseLeakyReLU = Surrogate(
     "PiecewiseLeakyReLU",
     "where(abs(u) < w, 0.5 / w, c)",
-    "where(u < -w, c * u + c * w, where(u > w, c * u - c * w + 1, 0.5 * u / w + 0.5))",
+    "where(u <= -w, c * u + c * w, where(u >= w, c * u - c * w + 1, 0.5 * u / w + 0.5))",
     dict(w=1.0, c=0.01),
 )
 S2NN = Surrogate(
@@ -145,8 +201,7 @@ S2NN = Surrogate(
 QPseudoSpike = Surrogate(
     "QPseudoSpike",
     "(1 + 2 * abs(u) / (alpha - 1))**(-alpha)",
-    "where(u < 0, 0.5 * (1 + 2 * abs(u) / (alpha - 1))**(1 - alpha), "
-    "1 - 0.5 * (1 + 2 * abs(u) / (alpha - 1))**(1 - alpha))",
+    _from_tail(f"0.5 * (1 + 2 * {_DISTANCE} / (alpha - 1))**(1 - alpha)"),
     dict(alpha=2.0),
 )
 LeakyKReLU = Surrogate(
@@ -164,40 +219,44 @@ LogTailedReLU = Surrogate(
 PiecewiseQuadratic = Surrogate(
     "PiecewiseQuadratic",
     "maximum(0, alpha - alpha * alpha * abs(u))",
-    "where(abs(u) * alpha < 1, 0.5 - 0.5 * alpha * alpha * abs(u) * u + alpha * u, "
-    "where(u < 0, 0, 1))",
+    _from_tail(f"0.5 * maximum(0, 1 - alpha * {_DISTANCE})**2"),
     dict(alpha=1.0),
 )
 Triangle = PiecewiseQuadratic
 PiecewiseExp = Surrogate(
     "PiecewiseExp",
     "0.5 * alpha * exp(-alpha * abs(u))",
-    "where(u < 0, 0.5 * exp(-alpha * abs(u)), 1 - 0.5 * exp(-alpha * abs(u)))",
+    _from_tail(f"0.5 * exp(-alpha * {_DISTANCE})"),
     dict(alpha=1.0),
 )
 SoftSign = Surrogate(
     "SoftSign",
     "0.5 / (alpha * (1 / alpha + abs(u))**2)",
-    "0.5 * (alpha * u / (1 + abs(alpha * u)) + 1)",
+    _from_tail(f"0.5 / (1 + alpha * {_DISTANCE})"),
     dict(alpha=2.0),
 )
 SuperSpike = Surrogate("SuperSpike", "alpha / (1 + abs(u))**2", None, dict(alpha=1.0))
 FastSigmoid = Surrogate(
-    "FastSigmoid", "1 / (1 + k * abs(u))**2", "u / (1 + k * abs(u)) + 0.5", dict(k=25.0)
+    "FastSigmoid",
+    "1 / (1 + k * abs(u))**2",
+    # u / (1 + k |u|) + 0.5; written as on the right far from 0, where its slope would lose digits
+    f"0.5 + where(k * {_DISTANCE} < 1, u / (1 + k * {_DISTANCE}), "
+    f"where(u < 0, -1, 1) * (1 - 1 / (1 + k * {_DISTANCE})) / where(k > 0, k, 1))",
+    dict(k=25.0),
 )
 Erf = Surrogate(
-    "Erf", "alpha / sqrt(pi) * exp(-(alpha * u)**2)", "0.5 * (1 + erf(alpha * u))", dict(alpha=2.0)
+    "Erf", "alpha / sqrt(pi) * exp(-(alpha * u)**2)", "0.5 * erfc(-alpha * u)", dict(alpha=2.0)
 )
 NonzeroSignLogAbs = Surrogate(
     "NonzeroSignLogAbs",
     "1 / (1 / alpha + abs(u))",
-    "where(u < 0, -1, 1) * log(alpha * abs(u) + 1)",
+    f"where(u < 0, -1, 1) * log(alpha * {_DISTANCE} + 1)",
     dict(alpha=1.0),
 )
 Rect = Surrogate(
     "Rect",
     "where(abs(u) < 0.5 / alpha, alpha, 0)",
-    "minimum(maximum(alpha * u + 0.5, 0), 1)",
+    "where(abs(u) < 0.5 / alpha, alpha * u + 0.5, where(u < 0, 0, 1))",
     dict(alpha=1.0),
 )
 StraightThrough = Surrogate("StraightThrough", "1", "u")
@@ -207,7 +266,7 @@ SpikeRateEscape = Surrogate(
 Gaussian = Surrogate(
     "Gaussian",
     "exp(-0.5 * (u / sigma)**2) / (sigma * sqrt(2 * pi))",
-    "0.5 * (1 + erf(u / (sigma * sqrt(2))))",
+    "0.5 * erfc(-u / (sigma * sqrt(2)))",
     dict(sigma=1.0),
 )
 Tanh = Surrogate("Tanh", "1 - tanh(k * u)**2", "tanh(k * u) / k + 0.5", dict(k=1.0))

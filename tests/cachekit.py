@@ -26,7 +26,7 @@ from pathlib import Path
 
 import pytest
 
-from neuronjit import cache, cachefile, settings
+from neuronjit import cache, cachedir, cachefile, settings
 
 ROOT = Path(__file__).parent.parent
 FINGERPRINT = {"compiler": "toy 1.0", "flags": "-O3"}

@@ -36,7 +36,7 @@ def _logistic_slope(u: Tensor, alpha: Tensor) -> Tensor:
 
 def _piecewise_leaky(u: Tensor, p: Any) -> Tensor:
     outer = torch.where(u < -p.w, p.c * u + p.c * p.w, p.c * u - p.c * p.w + 1)
-    return torch.where(u.abs() <= p.w, u / (2 * p.w) + 0.5, outer)
+    return torch.where(u.abs() < p.w, u / (2 * p.w) + 0.5, outer)
 
 
 def _q_pseudo(u: Tensor, p: Any) -> Tensor:
@@ -174,7 +174,7 @@ SURROGATES: dict[str, Shape] = {
     "Gaussian": Shape(
         {"sigma": 1.0},
         lambda u, p: torch.exp(-0.5 * (u / p.sigma) ** 2) / (p.sigma * math.sqrt(2 * math.pi)),
-        lambda u, p: 0.5 * (1 + torch.erf(u / (p.sigma * math.sqrt(2)))),
+        lambda u, p: torch.erfc(-u / (p.sigma * math.sqrt(2))) / 2,
     ),
     "Tanh": Shape(
         {"k": 1.0},

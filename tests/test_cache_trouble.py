@@ -37,7 +37,7 @@ from cachekit import (
 )
 from promises_places import _acl
 
-from neuronjit import cache, cachedir, cachelock, housekeeping
+from neuronjit import cache, cachedir, cachelock, housekeeping, settings
 
 pytestmark = needs_linux
 
@@ -319,7 +319,7 @@ def test_a_warning_that_is_an_error_is_raised_once_and_leaves_all_sound(place, t
         before = len(os.listdir("/proc/self/fd"))
         with warnings.catch_warnings(), patched(cachedir.Folder, write=write):
             warnings.simplefilter("error")
-            with pytest.raises(cachedir.CacheWarning):
+            with pytest.raises(settings.CacheWarning):
                 get(1, built=built)
             good = [right(get(1, built=built), 1) for _ in range(2)]
         return good, len(os.listdir("/proc/self/fd")) - before, Child(other).finish(20)["value"]

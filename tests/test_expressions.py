@@ -80,6 +80,7 @@ def compare(
 ANYWHERE: dict[str, Torch] = {
     "exp(x)": torch.exp, "tanh(x)": torch.tanh, "sigmoid(x)": torch.sigmoid, "sin(x)": torch.sin,
     "cos(x)": torch.cos, "atan(x)": torch.atan, "erf(x)": torch.erf, "abs(x)": torch.abs,
+    "erfc(x)": torch.erfc,
     "sign(x)": torch.sign, "x**2": torch.square, "x**3": lambda x: x**3,
     "minimum(x, 0.5)": lambda x: torch.minimum(x, x.new_tensor(0.5)),
     "maximum(0.5, x)": lambda x: torch.maximum(x.new_tensor(0.5), x),
@@ -108,7 +109,8 @@ def test_functions_and_their_derivatives(dtype: torch.dtype, device: str, backen
 def test_functions_at_the_ends_of_the_range(dtype: torch.dtype, device: str, backend: str) -> None:
     """Overflow, underflow, infinities and NaN, as torch has them."""
     table = {
-        k: ANYWHERE[k] for k in ("exp(x)", "tanh(x)", "sigmoid(x)", "atan(x)", "erf(x)", "abs(x)")
+        f"{f}(x)": ANYWHERE[f"{f}(x)"]
+        for f in ("exp", "tanh", "sigmoid", "atan", "erf", "erfc", "abs")
     }
     table |= {
         "minimum(x, 0.5)": ANYWHERE["minimum(x, 0.5)"],

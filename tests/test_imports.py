@@ -31,7 +31,7 @@ STACK = [
     "cachefile",
     "neurons surrogates",
     "derivatives printing",
-    "expressions",
+    "expressions immutable",
     "errors terminal settings torch_private",
 ]
 RANK = {name: rank for rank, line in enumerate(reversed(STACK)) for name in line.split()}

@@ -30,52 +30,136 @@ FUNCTIONAL = {
 # --- names, defaults, reprs -----------------------------------------------------------------------
 
 
+# SpikingJelly 2.0.0's constructors: copied facts, so that they hold where it is not installed
+_TAIL = {"surrogate_function": "Sigmoid(alpha=4)", "detach_reset": False, "step_mode": "s",
+         "store_v_seq": False}  # fmt: skip
+SPIKINGJELLY = {
+    nn.IFNode: {"v_threshold": 1.0, "v_reset": 0.0, **_TAIL},
+    nn.LIFNode: {"tau": 2.0, "decay_input": True, "v_threshold": 1.0, "v_reset": 0.0, **_TAIL},
+    nn.ParametricLIFNode: {
+        "init_tau": 2.0, "decay_input": True, "v_threshold": 1.0, "v_reset": 0.0, **_TAIL
+    },
+    nn.QIFNode: {
+        "tau": 2.0, "v_c": 0.8, "a0": 1.0, "v_threshold": 1.0, "v_rest": 0.0, "v_reset": -0.1,
+        **_TAIL,
+    },
+    nn.EIFNode: {
+        "tau": 2.0, "delta_T": 1.0, "theta_rh": 0.8, "v_threshold": 1.0, "v_rest": 0.0,
+        "v_reset": -0.1, **_TAIL,
+    },
+    nn.IzhikevichNode: {
+        "tau": 2.0, "v_c": 0.8, "a0": 1.0, "v_threshold": 1.0, "v_reset": 0.0, "v_rest": -0.1,
+        "w_rest": 0.0, "tau_w": 2.0, "a": 0.0, "b": 0.0, **_TAIL,
+    },
+}  # fmt: skip
+NODES = dict(zip(LAYERS, SPIKINGJELLY, strict=True))  # SpikingJelly's layer for each of ours
+each_node = pytest.mark.parametrize("node", SPIKINGJELLY, ids=lambda node: node.__name__)
+
+
+def signature(layer):
+    """Names and defaults in order; surrogates, ours and SpikingJelly's, in the same words."""
+    parameters = inspect.signature(layer).parameters
+    found = {name: p.default for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+    assert all(parameters[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for name in found)
+    surrogate = found["surrogate_function"]
+    assert surrogate.spiking
+    found["surrogate_function"] = (
+        f"{type(surrogate).__name__}(alpha={surrogate.alpha:g})"
+        if (not isinstance(surrogate, nj.Surrogate))
+        else f"{surrogate.name}(alpha={surrogate.params['alpha']:g})"
+    )
+    return list(found.items())
+
+
+def exactly(items):
+    """True is not 1 here, nor 1 equal to 1.0."""
+    return [(name, type(value), value) for name, value in items]
+
+
 @pytest.mark.peers("spikingjelly")
-@each_layer
-def test_names_keywords_order_and_defaults_are_spikingjellys(layer):
+@each_node
+def test_the_table_of_spikingjellys_defaults_is_true(node):
     from spikingjelly.activation_based import neuron
 
-    theirs = inspect.signature(getattr(neuron, layer.__name__)).parameters
-    ours = inspect.signature(layer).parameters
-    assert [*theirs, "options"] == list(ours)
-    for name, parameter in theirs.items():
-        default = ours[name].default
-        if name == "surrogate_function":
-            assert repr(default) == "Sigmoid(alpha=4, spiking=True)"
-            assert (parameter.default.alpha, parameter.default.spiking) == (4.0, True)
-        elif name == "step_mode":
-            assert (default, parameter.default) == ("m", "s")
-        else:
-            assert default == parameter.default and type(default) is type(parameter.default)
+    theirs = signature(getattr(neuron, node.__name__))
+    assert exactly(theirs) == exactly(SPIKINGJELLY[node].items())
 
 
-def test_aliases_are_the_same_classes():
-    assert (nn.IFNode, nn.LIFNode, nn.ParametricLIFNode) == (nn.IF, nn.LIF, nn.PLIF)
-    assert (nn.QIFNode, nn.EIFNode, nn.IzhikevichNode) == (nn.QIF, nn.EIF, nn.Izhikevich)
+@each_node
+def test_spikingjellys_names_have_its_arguments_order_and_defaults(node):
+    assert exactly(signature(node)) == exactly(SPIKINGJELLY[node].items())
+    made = node()
+    assert (made.step_mode, repr(made.surrogate_function)) == (
+        "s",
+        "Sigmoid(alpha=4, spiking=True)",
+    )
+    in_order = [*(SPIKINGJELLY[node] | {"surrogate_function": "sigmoid"}).values()]
+    assert repr(node(*in_order)) == repr(made)
+
+
+@each_layer
+def test_short_names_have_the_same_arguments_and_multisteps_defaults(layer):
+    node = NODES[layer]
+    theirs = SPIKINGJELLY[node] | {"surrogate_function": "ATan(alpha=2)", "step_mode": "m"}
+    assert exactly(signature(layer)) == exactly(theirs.items())
+    made = layer()
+    default = inspect.signature(nj.multistep).parameters["surrogate"].default
+    assert made.step_mode == "m" and made.surrogate_function == default
+    assert isinstance(made, node) and type(made).__name__ == layer.__name__
+    assert signature(node) == list(SPIKINGJELLY[node].items())  # which is as it was
+
+
+def test_a_neuron_of_any_model_has_multisteps_defaults():
+    made = nn.Neuron("lif")
+    assert made.step_mode == "m" and made.surrogate_function == nj.surrogates.ATan
+    x = inputs((5, 4))
+    assert_same_bits(made(x), nj.multistep(nj.neurons.LIF, x).spikes, "spikes")
+
+
+@pytest.mark.parametrize(
+    "layer", [*LAYERS, *SPIKINGJELLY, nn.Neuron], ids=lambda kind: kind.__name__
+)
+def test_both_spellings_of_the_surrogate(layer):
+    model = ("qif",) if layer is nn.Neuron else ()
+    for name in ("surrogate", "surrogate_function"):
+        for given in ("softsign", nj.surrogates.SoftSign, nj.surrogates.SoftSign(3.0)):
+            made = layer(*model, **{name: given})
+            assert made.surrogate_function == nj.surrogates.as_surrogate(given)
+    for both in ("softsign", nj.surrogates.ATan, nj.surrogates.Sigmoid(alpha=4.0)):
+        with pytest.raises(nj.SpecError, match=f"{layer.__name__}: surrogate= and surrogate_funct"):
+            layer(*model, surrogate="atan", surrogate_function=both)
 
 
 def test_repr_says_what_the_layer_is():
     common = "v_threshold=1.0, v_reset=0.0, detach_reset=False, step_mode=m"
-    sigmoid = "surrogate_function=Sigmoid(alpha=4, spiking=True)"
-    assert repr(nn.LIF()) == f"LIFNode({common}, tau=2.0, {sigmoid})"
-    assert repr(nn.PLIF(4.0)) == f"ParametricLIFNode({common}, {sigmoid}, tau=4 (learnable))"
+    atan, sigmoid = (
+        f"surrogate_function={s}(alpha={a}, spiking=True)" for s, a in (("ATan", 2), ("Sigmoid", 4))
+    )
+    assert repr(nn.LIF()) == f"LIF({common}, tau=2.0, {atan})"
+    assert repr(nn.PLIF(4.0)) == f"PLIF({common}, {atan}, tau=4 (learnable))"
+    node = f"{common[:-1]}s, tau=2.0, {sigmoid}"
+    assert repr(nn.LIFNode()) == f"LIFNode({node})"
     assert "w_rest=0.0" in repr(nn.Izhikevich())
     assert "decay_input=False" in repr(nn.LIF(decay_input=False))
     channels = repr(nn.LIF(learnable="tau", channels=3, store_v_seq=True, backend="eager"))
     assert "tau=[3] (learnable)" in channels and "channels=3" in channels
     assert "store_v_seq=True" in channels and "backend=eager" in channels
-    generic = repr(nn.Neuron("qif", reset="soft", surrogate=nj.surrogates.ATan))
-    assert generic.startswith("Neuron('qif', v_threshold=1.0, v_reset=None") and "ATan" in generic
+    generic = repr(nn.Neuron("qif", reset="soft", surrogate=nj.surrogates.Sigmoid))
+    assert generic.startswith("Neuron('qif', v_threshold=1.0, v_reset=None")
+    assert "Sigmoid" in generic
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: nn.LIF(tau=1.0), "LIFNode: tau must be finite and > 1, got 1.0"),
+        (lambda: nn.LIF(tau=1.0), "LIF: tau must be finite and > 1, got 1.0"),
         (lambda: nn.LIF(tau=math.nan), "got nan"),
         (lambda: nn.LIF(tau=torch.tensor([2.0, 0.5])), "got 0.5"),
-        (lambda: nn.PLIF(0.5), "ParametricLIFNode: init_tau must be finite and > 1, got 0.5"),
-        (lambda: nn.QIF(tau=-2.0), "QIFNode: tau must be finite and > 1, got -2.0"),
+        (
+            lambda: nn.ParametricLIFNode(0.5),
+            "ParametricLIFNode: init_tau must be finite and > 1, got 0.5",
+        ),
+        (lambda: nn.QIF(tau=-2.0), "QIF: tau must be finite and > 1, got -2.0"),
         (lambda: nn.EIF(delta_T=0.0), "delta_T must be finite and > 0, got 0"),
         (lambda: nn.Izhikevich(a0=-1.0), "a0 must be finite and > 0, got -1"),
         (lambda: nn.IF(v_threshold=math.inf), "v_threshold must be finite"),
@@ -118,9 +202,7 @@ def test_equals_the_functional_form(layer, soft):
     spikes = made(x)
     start = made.initial_state()
     assert start["v"] == (0.0 if soft else made.v_reset)
-    want = FUNCTIONAL[layer](
-        x, *start.values(), surrogate=nj.surrogates.Sigmoid(alpha=4.0), record=("v",), **options
-    )
+    want = FUNCTIONAL[layer](x, *start.values(), record=("v",), **options)
     assert spikes.any() and not spikes.all()
     assert_same_bits(spikes, want.spikes, "spikes")
     assert_same_bits(made.v_seq, want.record["v"], "v_seq")
@@ -145,7 +227,7 @@ def test_equals_spikingjelly(layer, soft, detach):
     if layer in (nn.LIF, nn.PLIF):
         options |= {"decay_input": False}
     options |= {"detach_reset": detach, "surrogate_function": surrogate.ATan(alpha=3.0)}
-    theirs = getattr(neuron, layer.__name__)(**options, step_mode="m")
+    theirs = getattr(neuron, NODES[layer].__name__)(**options, step_mode="m")
     ours = layer(**options)
     results = []
     for made in (ours, theirs):
@@ -170,7 +252,7 @@ def test_equals_spikingjelly(layer, soft, detach):
 def test_state_dicts_are_interchangeable_with_spikingjelly(layer):
     from spikingjelly.activation_based import functional, neuron
 
-    theirs, ours = getattr(neuron, layer.__name__)(), layer()
+    theirs, ours = getattr(neuron, NODES[layer].__name__)(), layer()
     assert list(theirs.state_dict()) == list(ours.state_dict())
     theirs.load_state_dict(ours.state_dict())
     ours.load_state_dict(theirs.state_dict())
@@ -180,6 +262,30 @@ def test_state_dicts_are_interchangeable_with_spikingjelly(layer):
     nn.detach_net(net)
     nn.reset_net(net)
     assert isinstance(ours.v, float) and ours.v == theirs.v
+
+
+@pytest.mark.peers("spikingjelly")
+@each_node
+def test_a_net_of_spikingjellys_neurons_can_be_swapped(node):
+    """As in its tutorials: default neurons, called once a time step, two batches, SGD."""
+    from spikingjelly.activation_based import functional, neuron
+
+    results = []
+    for kind in (node, getattr(neuron, node.__name__)):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(6, 9), kind(), torch.nn.Linear(9, 4), kind())
+        torch.nn.init.uniform_(net[2].weight, 0.0, 2.0)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for batch in inputs((2, 8, 5, 6), scale=3.0):
+            rates = sum(net(step) for step in batch) / len(batch)
+            optimizer.zero_grad()
+            (rates - 0.5).square().mean().backward()
+            optimizer.step()
+            functional.reset_net(net)
+        assert 0 < rates.mean() < 1
+        results.append([rates, *net.parameters()])
+    for mine, theirs in zip(*results, strict=True):
+        assert_near(mine, theirs, 1e-5, "rates or weights")
 
 
 @each_layer
@@ -274,6 +380,61 @@ def test_detach_cuts_the_gradient_and_keeps_the_state():
     assert not made.v.requires_grad and not made.v_seq.requires_grad
     net(inputs((4, 3))).sum()
     assert not made.v.requires_grad
+
+
+def _spiking_net(kind):
+    torch.manual_seed(0)
+    first, second = torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)
+    return torch.nn.Sequential(first, kind(), second, kind())
+
+
+def _loss(net, x):
+    return (net(x) if net[1].step_mode == "m" else sum(net(step) for step in x)).square().sum()
+
+
+@pytest.mark.parametrize("layer", [*LAYERS, *SPIKINGJELLY], ids=lambda kind: kind.__name__)
+def test_a_forgotten_reset_net_is_explained(layer):
+    net = _spiking_net(layer)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    _loss(net, inputs((3, 2, 4))).backward()
+    optimizer.step()
+    words = rf"^the state of {layer.__name__} was carried over from the last call and its graph is"
+    for _ in range(2):  # every time, not only the first
+        with pytest.raises(RuntimeError, match=words + r" gone: call reset_net\(net\) \(or det"):
+            _loss(net, inputs((3, 2, 4))).backward()
+    for cure in (nn.reset_net, nn.detach_net):
+        cure(net)
+        _loss(net, inputs((3, 2, 4))).backward()
+
+
+def test_a_subclass_is_named_where_its_reset_was_forgotten():
+    class Mine(nn.LIF):
+        pass
+
+    net = _spiking_net(Mine)
+    _loss(net, inputs((3, 2, 4))).backward()
+    with pytest.raises(RuntimeError, match="the state of Mine was carried over"):
+        _loss(net, inputs((3, 2, 4))).backward()
+
+
+def test_what_is_no_forgotten_reset_is_not_taken_for_one():
+    """Two calls and one backward are right; a second backward of one loss is torch's to explain."""
+    made = nn.LIF()
+    x = inputs((3, 4)).requires_grad_()
+    first, second = made(x), made(x)
+    (first.sum() + second.sum()).backward()
+    whole = nn.LIF()
+    y = inputs((3, 4)).requires_grad_()
+    whole(torch.cat([y, y])).sum().backward()
+    assert_same_bits(x.grad, y.grad, "gradient")
+    for loss in (first.sum(), second.sum(), made.v.sum()):
+        with pytest.raises(RuntimeError, match="Trying to backward through the graph a second ti"):
+            loss.backward()
+    made.reset()
+    kept = made(x).sum()
+    later = made(x).sum()
+    kept.backward(retain_graph=True)
+    later.backward()  # through both: nothing was freed
 
 
 def test_without_store_v_seq_no_sequence_is_made():
@@ -383,8 +544,7 @@ def test_learnable_parameters_learn():
     assert sorted(dict(made.named_parameters())) == ["tau", "v_threshold"]
     made(inputs((5, 6))).sum().backward()
     tau, threshold = (torch.tensor(value, requires_grad=True) for value in (2.0, 1.0))
-    options = {"tau": tau, "v_threshold": threshold, "surrogate": nj.surrogates.Sigmoid(alpha=4.0)}
-    nj.functional.lif(inputs((5, 6)), 0.0, **options).spikes.sum().backward()
+    nj.functional.lif(inputs((5, 6)), 0.0, tau=tau, v_threshold=threshold).spikes.sum().backward()
     assert tau.grad and threshold.grad
     assert_same_bits(made.tau.grad, tau.grad, "tau")
     assert_same_bits(made.v_threshold.grad, threshold.grad, "v_threshold")
@@ -462,15 +622,15 @@ def test_a_neuron_of_ones_own():
         state={"v": 0.0, "a": 0.0},
         params={"tau": 2.0, "beta": 0.5, "rho": 0.9},
     )
-    made = nn.Neuron(adaptive, surrogate="atan", learnable=("beta", "rho"), channels=5, tau=1.5)
+    made = nn.Neuron(adaptive, learnable=("beta", "rho"), channels=5, tau=1.5)
     x = inputs((8, 3, 5), scale=2.0)
     spikes = made(x)
     spikes.sum().backward()
     assert made.beta.grad.shape == (5,) and made.beta.grad.any() and made.rho.grad.any()
-    want = nj.multistep(adaptive, x, surrogate=nj.surrogates.ATan, tau=1.5).spikes
+    want = nj.multistep(adaptive, x, tau=1.5).spikes
     assert_same_bits(spikes, want, "spikes")
     assert made.a.shape == (3, 5) and made.tau == 1.5
-    other = nn.Neuron(adaptive, surrogate="atan", backend="eager", tau=1.5)
+    other = nn.Neuron(adaptive, backend="eager", tau=1.5)
     assert_same_bits(other(x), want, "eager")
 
 

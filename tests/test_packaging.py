@@ -14,6 +14,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TEMPLATES = sorted(path.name for path in (ROOT / "templates").glob("*.j2"))
+TYPED = textwrap.dedent(
+    """
+    import neuronjit as nj
+
+    out = nj.multistep(nj.neurons.LIF, nj.nn.LIF(tau=2.0, surrogate=nj.surrogates.ATan(3.0)).v)
+    reveal_type(out)
+    nj.NeuronModel(3, "h = v + x", state={"v": 0.0})
+    nj.nn.LIFNode(detach_reset="no")
+    nj.nn.LIF(detach_reset="no")
+    """
+)
 RENDER = textwrap.dedent(
     """
     import neuronjit
@@ -62,6 +73,7 @@ def test_wheel_has_the_templates_and_nothing_beside_the_package(wheel):
     info = next(name.split("/")[0] for name in names if ".dist-info/" in name)
     assert {name.split("/")[0] for name in names} == {"neuronjit", info}
     assert f"{info}/licenses/LICENSE" in names
+    assert "neuronjit/py.typed" in names
 
 
 def test_sdist_has_templates_and_tests(dist):
@@ -70,18 +82,40 @@ def test_sdist_has_templates_and_tests(dist):
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     assert {f"templates/{name}" for name in TEMPLATES} <= names
     assert {"tests/conftest.py", "LICENSE", "README.md", "CHANGELOG.md"} <= names
+    assert "neuronjit/py.typed" in names
     assert not [name for name in names if name.startswith((".venv", ".vendor", ".git/"))]
 
 
-def test_installed_wheel_renders(wheel, tmp_path):
-    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
-    elsewhere.mkdir()
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
+    """Where the wheel is installed; on PYTHONPATH it comes before any editable install."""
+    folder = tmp_path_factory.mktemp("site")
     pip = ["-m", "pip", "install", "--disable-pip-version-check", "-q", "--no-index", "--no-deps"]
-    run(*pip, "--target", str(site), str(wheel), cwd=elsewhere)
-    used = run(
-        "-c", RENDER, cwd=elsewhere, PYTHONPATH=str(site)
-    )  # comes before any editable install
+    run(*pip, "--target", str(folder), str(wheel), cwd=folder)
+    return folder
+
+
+def test_installed_wheel_renders(site, tmp_path):
+    used = run("-c", RENDER, cwd=tmp_path, PYTHONPATH=str(site))
     assert Path(used).is_relative_to(site)
+
+
+def test_a_users_mypy_sees_the_types(site, tmp_path):
+    """Without py.typed it would say import-untyped, and all else would be Any."""
+    pytest.importorskip("mypy", reason="needs mypy: pip install -e '.[test]'")
+    (tmp_path / "user.py").write_text(TYPED)
+    (tmp_path / "mypy.ini").write_text("[mypy]\n[mypy-torch.*]\nfollow_imports = skip\n")  # slow
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--no-incremental", "user.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    said = done.stdout.replace("user.py:", "").splitlines()
+    assert "Revealed type is " in said[0] and "Output" in said[0]
+    wrong = [line.partition(":")[0] for line in said if "[arg-type]" in line]
+    assert wrong == ["6", "7", "8"] and len(said) == 5, done.stdout + done.stderr
 
 
 def _editable():

@@ -1,18 +1,24 @@
-"""Layers: neurons that remember their state, under SpikingJelly's names, keywords and defaults.
+"""Layers: neurons that remember their state from call to call, in two families.
 
-They take and give whole sequences `[T, N, *]`, one kernel for all time steps, so `step_mode` is "m"
-unless said otherwise (SpikingJelly's default is "s": one step `[N, *]` a call, which is there too).
+SpikingJelly's names (`IFNode`, `LIFNode`, `ParametricLIFNode`, `QIFNode`, `EIFNode`,
+`IzhikevichNode`) take SpikingJelly's place: its arguments in its order, and all of its defaults.
+So `step_mode` is "s", one time step `[N, *]` a call, and the surrogate is Sigmoid(4).
+
+The short names (`IF`, `LIF`, `PLIF`, `QIF`, `EIF`, `Izhikevich`, and `Neuron` for any model) have
+the same arguments and run as `neuronjit.multistep`: `step_mode` is "m", whole sequences
+`[T, N, *]` in one kernel, and the surrogate is ATan(2).
 
 Every parameter may be a number, a tensor that broadcasts to `[N, *]` (kept as a buffer), or a
 `torch.nn.Parameter`. `learnable=("tau", "v_threshold")` makes parameters of numbers; with
 `channels=C` there is one for each channel of `[T, N, C, *]`. The other keywords of `Neuron`
-(learnable, channels, backend, persistent_state) are keywords of every layer.
+(surrogate, learnable, channels, backend, persistent_state) are keywords of every layer.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from types import FunctionType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +26,7 @@ from torch.nn import Parameter
 
 from .. import neurons
 from ..errors import SpecError
-from .neuron import SIGMOID, Neuron, Number, shorten
+from .neuron import ATAN, SIGMOID, Neuron, Number, shorten
 
 __all__ = [
     "EIF", "IF", "LIF", "PLIF", "QIF", "EIFNode", "Flatten", "IFNode", "Izhikevich",
@@ -61,12 +67,13 @@ class IFNode(_Node):
 
     def __init__(
         self, v_threshold: Number = 1.0, v_reset: Number | None = 0.0,
-        surrogate_function: Any = SIGMOID, detach_reset: bool = False, step_mode: str = "m",
+        surrogate_function: Any = SIGMOID, detach_reset: bool = False, step_mode: str = "s",
         store_v_seq: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(
-            neurons.IF, v_threshold=v_threshold, v_reset=v_reset, surrogate=surrogate_function,
-            detach_reset=detach_reset, step_mode=step_mode, store_v_seq=store_v_seq, **options,
+            neurons.IF, v_threshold=v_threshold, v_reset=v_reset,
+            surrogate_function=surrogate_function, detach_reset=detach_reset, step_mode=step_mode,
+            store_v_seq=store_v_seq, **options,
         )  # fmt: skip
 
 
@@ -81,12 +88,12 @@ class LIFNode(_LeakyNode):
     def __init__(
         self, tau: Number = 2.0, decay_input: bool = True, v_threshold: Number = 1.0,
         v_reset: Number | None = 0.0, surrogate_function: Any = SIGMOID, detach_reset: bool = False,
-        step_mode: str = "m", store_v_seq: bool = False, **options: Any,
+        step_mode: str = "s", store_v_seq: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         _check_tau(self, "tau", tau)
         super().__init__(
             self._models[not decay_input], tau=tau, v_threshold=v_threshold, v_reset=v_reset,
-            surrogate=surrogate_function, detach_reset=detach_reset, step_mode=step_mode,
+            surrogate_function=surrogate_function, detach_reset=detach_reset, step_mode=step_mode,
             store_v_seq=store_v_seq, **options,
         )  # fmt: skip
 
@@ -104,12 +111,12 @@ class ParametricLIFNode(_LeakyNode):
     def __init__(
         self, init_tau: float = 2.0, decay_input: bool = True, v_threshold: Number = 1.0,
         v_reset: Number | None = 0.0, surrogate_function: Any = SIGMOID, detach_reset: bool = False,
-        step_mode: str = "m", store_v_seq: bool = False, **options: Any,
+        step_mode: str = "s", store_v_seq: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         _check_tau(self, "init_tau", init_tau)
         super().__init__(
             self._models[not decay_input], v_threshold=v_threshold, v_reset=v_reset,
-            surrogate=surrogate_function, detach_reset=detach_reset, step_mode=step_mode,
+            surrogate_function=surrogate_function, detach_reset=detach_reset, step_mode=step_mode,
             store_v_seq=store_v_seq, **options,
         )  # fmt: skip
         size = () if self.channels is None else (self.channels,)
@@ -134,12 +141,12 @@ class QIFNode(_Node):
     def __init__(
         self, tau: Number = 2.0, v_c: Number = 0.8, a0: Number = 1.0, v_threshold: Number = 1.0,
         v_rest: Number = 0.0, v_reset: Number | None = -0.1, surrogate_function: Any = SIGMOID,
-        detach_reset: bool = False, step_mode: str = "m", store_v_seq: bool = False, **options: Any,
+        detach_reset: bool = False, step_mode: str = "s", store_v_seq: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         _check_tau(self, "tau", tau)
         super().__init__(
             neurons.QIF, tau=tau, v_c=v_c, a0=a0, v_threshold=v_threshold, v_rest=v_rest,
-            v_reset=v_reset, surrogate=surrogate_function, detach_reset=detach_reset,
+            v_reset=v_reset, surrogate_function=surrogate_function, detach_reset=detach_reset,
             step_mode=step_mode, store_v_seq=store_v_seq, **options,
         )  # fmt: skip
 
@@ -154,14 +161,14 @@ class EIFNode(_Node):
     def __init__(
         self, tau: Number = 2.0, delta_T: Number = 1.0, theta_rh: Number = 0.8,
         v_threshold: Number = 1.0, v_rest: Number = 0.0, v_reset: Number | None = -0.1,
-        surrogate_function: Any = SIGMOID, detach_reset: bool = False, step_mode: str = "m",
+        surrogate_function: Any = SIGMOID, detach_reset: bool = False, step_mode: str = "s",
         store_v_seq: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         _check_tau(self, "tau", tau)
         super().__init__(
             neurons.EIF, tau=tau, delta_T=delta_T, theta_rh=theta_rh, v_threshold=v_threshold,
-            v_rest=v_rest, v_reset=v_reset, surrogate=surrogate_function, detach_reset=detach_reset,
-            step_mode=step_mode, store_v_seq=store_v_seq, **options,
+            v_rest=v_rest, v_reset=v_reset, surrogate_function=surrogate_function,
+            detach_reset=detach_reset, step_mode=step_mode, store_v_seq=store_v_seq, **options,
         )  # fmt: skip
 
 
@@ -175,12 +182,12 @@ class IzhikevichNode(_Node):
         self, tau: Number = 2.0, v_c: Number = 0.8, a0: Number = 1.0, v_threshold: Number = 1.0,
         v_reset: Number | None = 0.0, v_rest: Number = -0.1, w_rest: float = 0.0,
         tau_w: Number = 2.0, a: Number = 0.0, b: Number = 0.0, surrogate_function: Any = SIGMOID,
-        detach_reset: bool = False, step_mode: str = "m", store_v_seq: bool = False, **options: Any,
+        detach_reset: bool = False, step_mode: str = "s", store_v_seq: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         _check_tau(self, "tau", tau)
         super().__init__(
             neurons.IZHIKEVICH, tau=tau, v_c=v_c, a0=a0, v_threshold=v_threshold, v_reset=v_reset,
-            v_rest=v_rest, tau_w=tau_w, a=a, b=b, surrogate=surrogate_function,
+            v_rest=v_rest, tau_w=tau_w, a=a, b=b, surrogate_function=surrogate_function,
             detach_reset=detach_reset, step_mode=step_mode, store_v_seq=store_v_seq, **options,
         )  # fmt: skip
         self.w_rest = w_rest
@@ -194,14 +201,54 @@ class IzhikevichNode(_Node):
         return f"{super().extra_repr()}, w_rest={self.w_rest}"
 
 
-IF, LIF, PLIF, QIF, EIF, Izhikevich = (
-    IFNode,
-    LIFNode,
-    ParametricLIFNode,
-    QIFNode,
-    EIFNode,
-    IzhikevichNode,
-)
+_Layer = TypeVar("_Layer", bound=type[_Node])
+
+
+def _as_multistep(layer: _Layer) -> _Layer:
+    """Give a layer `multistep`'s defaults: its parent's arguments, but sequences and ATan.
+
+    The parent's own `__init__` with other defaults: signatures, help and editors show them.
+    """
+    init: Any = layer.__init__
+    names = init.__code__.co_varnames[1 : init.__code__.co_argcount]
+    defaults = dict(zip(names, init.__defaults__, strict=True))
+    defaults |= dict(surrogate_function=ATAN, step_mode="m")
+    own: Any = FunctionType(
+        init.__code__, init.__globals__, init.__name__, tuple(defaults.values()), init.__closure__
+    )
+    own.__annotations__, own.__qualname__ = init.__annotations__, f"{layer.__name__}.__init__"
+    layer.__init__ = own  # type: ignore[method-assign]
+    return layer
+
+
+@_as_multistep
+class IF(IFNode):
+    """`IFNode` for whole sequences, with ATan."""
+
+
+@_as_multistep
+class LIF(LIFNode):
+    """`LIFNode` for whole sequences, with ATan."""
+
+
+@_as_multistep
+class PLIF(ParametricLIFNode):
+    """`ParametricLIFNode` for whole sequences, with ATan."""
+
+
+@_as_multistep
+class QIF(QIFNode):
+    """`QIFNode` for whole sequences, with ATan."""
+
+
+@_as_multistep
+class EIF(EIFNode):
+    """`EIFNode` for whole sequences, with ATan."""
+
+
+@_as_multistep
+class Izhikevich(IzhikevichNode):
+    """`IzhikevichNode` for whole sequences, with ATan."""
 
 
 class Flatten(torch.nn.Flatten):

@@ -7,16 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from ..autograd import Output, multistep
+from ..autograd import Output, multistep, note_carried
 from ..checks import check_number
 from ..errors import SpecError, known
 from ..neurons import NeuronModel, as_model
-from ..surrogates import Sigmoid, Surrogate, as_surrogate
+from ..surrogates import ATan, Sigmoid, Surrogate, as_surrogate
 
 Number = float | Tensor
-SIGMOID = Sigmoid(alpha=4.0)
+# defaults are told from what a caller gives by identity, so these are objects of their own
+SIGMOID, ATAN = Sigmoid(alpha=4.0), ATan(alpha=2.0)
 
 
 class Neuron(torch.nn.Module):
@@ -24,7 +26,8 @@ class Neuron(torch.nn.Module):
 
     Args:
         model: a `NeuronModel`, or the name of a built-in one.
-        surrogate: ours, its name, or a SpikingJelly surrogate object; kept as `surrogate_function`.
+        surrogate, surrogate_function: two names of one thing: ours, its name, or a SpikingJelly
+            surrogate object; kept as `surrogate_function`.
         reset: "hard" or "soft". `v_reset=None` is soft too.
         detach_reset: cut the gradient through the spike in the reset.
         step_mode: "m": input and spikes are `[T, N, *]`; "s": one time step `[N, *]`.
@@ -47,7 +50,8 @@ class Neuron(torch.nn.Module):
         self,
         model: NeuronModel | str,
         *,
-        surrogate: Any = SIGMOID,
+        surrogate: Any = None,
+        surrogate_function: Any = ATAN,
         reset: str = "hard",
         detach_reset: bool = False,
         step_mode: str = "m",
@@ -60,7 +64,14 @@ class Neuron(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.model = as_model(model)
-        self.surrogate_function = surrogate
+        if surrogate is not None:
+            if surrogate_function is not ATAN and surrogate_function is not SIGMOID:
+                raise SpecError(
+                    f"{type(self).__name__}: surrogate= and surrogate_function= are two names of"
+                    " one thing; give one of them"
+                )
+            surrogate_function = surrogate
+        self.surrogate_function = surrogate_function
         if reset not in ("hard", "soft"):
             raise SpecError(f"unknown reset {ascii(reset)[:80]}. {known(['hard', 'soft'])}")
         if channels is not None and (type(channels) is not int or channels < 1):
@@ -193,6 +204,8 @@ class Neuron(torch.nn.Module):
                 value = value.to(x.device)
                 if value.is_inference() and not torch.is_inference_mode_enabled():
                     value = value.clone()  # autograd cannot save it: training after an evaluation
+                if value.requires_grad and not is_compiling():
+                    note_carried(value, type(self).__name__)
             kept[name] = value
         return kept
 
