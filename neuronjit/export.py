@@ -49,7 +49,7 @@ def render(
     for each in ("forward", "backward") if direction is None else (direction,):
         choices = model, target, each, surrogate, reset, detach_reset, dtype
         spec = spec_of(*choices, **options)
-        counts = ITEMSIZE[spec.dtype], len(spec.model.state), len(spec.sequences)
+        counts = ITEMSIZE[spec.dtype], spec.model, len(spec.sequences)
         shape = targets.by_name(target).shape(each, *counts, neurons, steps, True)
         specs.append(replace(spec, **{**shape._asdict(), **options}))
     return render_specs(specs)

@@ -100,7 +100,7 @@ def _find(
     return found
 
 
-def _checkpoints(x: Tensor, states: int, save: bool) -> Tensor:
+def _checkpoints(x: Tensor, model: NeuronModel, save: bool) -> Tensor:
     """Zeros of the checkpoints' size, as `Plan.forward` makes them.
 
     The number of steps between them depends on T only while one piece holds all steps, so the
@@ -111,7 +111,7 @@ def _checkpoints(x: Tensor, states: int, save: bool) -> Tensor:
     if not save:
         return x.new_empty(0, dtype=real)
     size = x.shape[0] - 1 if x.shape[0] > 1 else 0
-    size = size // steps_between_checkpoints(sys.maxsize, states) * states
+    size = size // steps_between_checkpoints(sys.maxsize, model) * len(model.state)
     for neurons in x.shape[1:]:
         size = size * neurons
     return x.new_zeros(size + 2, dtype=real)
@@ -160,13 +160,13 @@ def _forward(
             if plan.copies:
                 outputs = _promised(x, outputs, finals)
             if checkpoints is None:
-                checkpoints = _checkpoints(x, states, save)
+                checkpoints = _checkpoints(x, own.model, save)
             else:
                 checkpoints[-2:] = 0  # nothing random in a graph
             return [*outputs, checkpoints]
     out = run_eager(*found)
     outputs = [out.spikes, *out.state.values(), *[out.record[n] for n in own.record]]
-    return [*_promised(x, outputs, finals), _checkpoints(x, states, save)]
+    return [*_promised(x, outputs, finals), _checkpoints(x, own.model, save)]
 
 
 @_forward.register_fake
@@ -178,7 +178,7 @@ def _(
     states = [_state_like(x) for _ in own.model.state]
     sequences = [torch.empty_like(x) for _ in own.record]
     ends = states if own.final_state else []
-    return [torch.empty_like(x), *ends, *sequences, _checkpoints(x, len(states), save)]
+    return [torch.empty_like(x), *ends, *sequences, _checkpoints(x, own.model, save)]
 
 
 @torch.library.custom_op("neuronjit::backward", mutates_args=())

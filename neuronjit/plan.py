@@ -199,9 +199,8 @@ class Plan:
         self, key: Any, direction: str, sequences: tuple[str, ...], learned: tuple[str, ...]
     ) -> _Launch:
         aligned = key if direction == "forward" else key[0]
-        size, states = self.dtype.itemsize, len(self.states)
         shape = targets.by_name(self.target).shape(
-            direction, size, states, len(sequences), self.n, self.steps, aligned
+            direction, self.dtype.itemsize, self.model, len(sequences), self.n, self.steps, aligned
         )
         backward = direction == "backward"
         spec = KernelSpec(
