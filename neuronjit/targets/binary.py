@@ -25,7 +25,7 @@ def why_not_elf(data: bytes, kind: int, machine: int | None, symbol: str) -> str
     """Why these bytes are no whole ELF file with this function; "" if nothing is wrong."""
     try:
         return _why_not_elf(data, kind, machine, symbol.encode("ascii"))
-    except struct.error:
+    except (struct.error, OverflowError):  # OverflowError: an offset beyond all memory
         return f"it is cut short, at {len(data)} bytes"
 
 
