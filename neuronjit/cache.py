@@ -60,18 +60,23 @@ def load(key: str) -> Entry | None:
     return entry
 
 
-def load_or_build(key: str, build: Callable[[], Entry]) -> Entry:
+def load_or_build(
+    key: str, build: Callable[[], Entry], why_not: Callable[[Entry], str] = lambda entry: ""
+) -> Entry:
     """The kernel of this key: loaded, or built here or by a process that this one waits for.
 
+    `why_not` says what keeps a whole entry from being used, "" if nothing does: it is then built
+    again, as a damaged one is, and replaced.
     What `build` raises passes through and is never remembered. ValueError if it returns an entry
     whose metadata ("request", "fingerprint") does not make up `key`: none could verify it later.
     """
-    entry = load(key)
+    entry, _ = _lookup(key, why_not)
+    _count("misses" if entry is None else "hits")
     if entry is not None:
         return entry
     user = _writable()  # where nothing can be published, nothing comes of waiting
     with key_lock(user, key, processes=bool(user)) as holding:
-        entry, reason = _lookup(key)
+        entry, reason = _lookup(key, why_not)
         if entry is not None:
             _count("hits after waiting")
             return entry
@@ -117,7 +122,9 @@ def size_cap() -> int:
     return DEFAULT_SIZE
 
 
-def _lookup(key: str) -> tuple[Entry | None, str]:
+def _lookup(
+    key: str, why_not: Callable[[Entry], str] = lambda entry: ""
+) -> tuple[Entry | None, str]:
     """The entry, and if there is one that could not be used, why not."""
     if not KEY.fullmatch(key):
         raise ValueError(f"a key has 64 hex digits, not {ascii(key)[:80]}")
@@ -125,7 +132,7 @@ def _lookup(key: str) -> tuple[Entry | None, str]:
     for path in search_path() if entry is None else ():
         try:
             with opened(path) as folder:
-                entry, why = _read(folder, key)
+                entry, why = _read(folder, key, why_not)
                 reason = reason or why
         except FileNotFoundError:
             continue
@@ -136,11 +143,15 @@ def _lookup(key: str) -> tuple[Entry | None, str]:
     return entry, reason
 
 
-def _read(folder: Folder, key: str) -> tuple[Entry | None, str]:
+def _read(
+    folder: Folder, key: str, why_not: Callable[[Entry], str] = lambda entry: ""
+) -> tuple[Entry | None, str]:
     """A verified entry, or why there is none ("" for a plain miss)."""
     try:
         data, st = folder.read(key)
         entry = decode(data, key)
+        if why := why_not(entry):
+            raise Damaged(why)
     except FileNotFoundError:
         return None, ""
     except (OSError, Untrusted, Damaged) as error:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from . import cache, manifest, source, targets
 from .errors import BackendError, MissingKernelError
 from .rendering import render_specs
+from .settings import no_compile
 from .source import KernelSpec
+from .targets.common import is_large
 
+TELL_AFTER_S = 5.0  # of compiling
+_log = logging.getLogger("neuronjit")
 _kernels: dict[tuple[KernelSpec, int], Any] = {}
 _lock = threading.Lock()
 _counts = {"compiled": 0, "loaded": 0}
@@ -26,35 +32,75 @@ def load_kernel(spec: KernelSpec, device: int = 0) -> Any:
     """The kernel of `spec` on CUDA device `device` (ignored on the CPU), ready to launch.
 
     Raises:
-        CompileError: the compiler refused the source.
-        BackendError: there is neither a cached binary nor a compiler.
+        CompileError: the compiler refused the source, or could not do its work.
+        BackendError: there is neither a cached binary nor a compiler, or it cannot be loaded.
         MissingKernelError: NEURONJIT_NO_COMPILE=1 and the kernel is in no cache; or a CUDA graph
             is being captured, which loading would end.
     """
     key = (spec, device if spec.target == "cuda" else 0)
     kernel = _kernels.get(key)
     if kernel is None:
-        target = targets.by_name(spec.target)
-        arch = target.arch(key[1])
-        manifest.record(spec, arch)  # also what turns out to be missing: that is to be shipped
-        target.check_loadable(spec.symbol)  # before the compiler goes to work
-        entry = build(spec, arch)
-        kernel = _kernels.setdefault(
-            key, target.load(entry.binary, spec.symbol, spec.lanes, key[1])
-        )
+        with _troubles_named(spec):
+            target = targets.by_name(spec.target)
+            arch = target.arch(key[1])
+            manifest.record(spec, arch)  # also what turns out to be missing: that is to be shipped
+            target.check_loadable(spec.symbol)  # before the compiler goes to work
+
+            def load(binary: bytes) -> Any:
+                return target.load(binary, spec.symbol, spec.lanes, key[1])
+
+            kernel = _kernels.setdefault(key, _obtain(spec, arch, load)[1])
     return kernel
 
 
 def build(spec: KernelSpec, arch: str) -> cache.Entry:
     """The cache's entry for `spec` on `arch`, compiled if it is not there. Needs no device."""
+    with _troubles_named(spec):
+        target = targets.by_name(spec.target)
+
+        def check(binary: bytes) -> None:
+            if why := target.check(binary, spec.symbol, arch):
+                raise BackendError(why)
+
+        return _obtain(spec, arch, check)[0]
+
+
+@contextmanager
+def _troubles_named(spec: KernelSpec) -> Iterator[None]:
+    """BackendError for what the machine lacks (memory, descriptors, disk): `auto` goes on without.
+
+    Much of the standard library and of our own stands below, and may need a file.
+    """
+    try:
+        yield
+    except (OSError, ImportError, MemoryError) as error:
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise BackendError(f"this machine gives no kernel: {what}\nkernel {spec.symbol}") from error
+
+
+def _obtain(spec: KernelSpec, arch: str, use: Callable[[bytes], Any]) -> tuple[cache.Entry, Any]:
+    """The entry and what `use` makes of its binary; compiled where there is none that it takes.
+
+    Only what `use` has taken is published: it raises BackendError for a binary that is none.
+    """
     target = targets.by_name(spec.target)
     compiled = False
+    used: list[Any] = []  # at most one
+
+    def why_not(entry: cache.Entry) -> str:
+        try:
+            used[:] = [use(entry.binary)]
+        except BackendError as error:
+            return str(error).partition("\n")[0]
+        return ""
 
     def compile_now() -> cache.Entry:
         nonlocal compiled
         compiled = True
         text = render_specs([spec])
-        binary = target.compile(text, spec.symbol, arch)
+        with _told(spec.symbol):
+            binary = target.compile(text, spec.symbol, arch, is_large(spec))
+        used[:] = [use(binary)]
         return cache.Entry(key, _meta(spec, arch, fingerprint), text, binary)
 
     key, lacking = "", "NEURONJIT_NO_COMPILE is set."
@@ -65,26 +111,36 @@ def build(spec: KernelSpec, arch: str) -> cache.Entry:
         lacking = str(error)
     entry: cache.Entry | None
     if key and not no_compile():
-        entry = cache.load_or_build(key, compile_now)
+        entry = cache.load_or_build(key, compile_now, why_not)
     else:  # any compiler's binary of the very same source will do, and any that runs here
         entry = (cache.load(key) if key else None) or _find(spec, arch)
         if entry is None:
             missing = MissingKernelError if no_compile() else BackendError
             raise missing(f"{lacking}\n{_missing(spec, arch)}")
+    result = used[0] if used else use(entry.binary)
     with _lock:
         _counts["compiled" if compiled else "loaded"] += 1
-    return entry
+    return entry, result
+
+
+@contextmanager
+def _told(symbol: str) -> Iterator[None]:
+    """Say so where compiling takes long: somebody waits."""
+    text = "compiling kernel %s takes more than %.0f s; it is done once, and kept in the cache"
+    timer = threading.Timer(TELL_AFTER_S, _log.warning, (text, symbol, TELL_AFTER_S))
+    timer.daemon = True
+    with suppress(RuntimeError):  # no more threads
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _find(spec: KernelSpec, arch: str) -> cache.Entry | None:
     archs = targets.by_name(spec.target).serving(arch)
     found = (cache.find(spec.request, spec.target, other) for other in archs)
     return next(filter(None, found), None)
-
-
-def no_compile() -> bool:
-    """Whether NEURONJIT_NO_COMPILE forbids compiling."""
-    return os.environ.get("NEURONJIT_NO_COMPILE", "0") not in ("", "0")
 
 
 def version() -> str:

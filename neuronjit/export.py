@@ -65,7 +65,7 @@ def render(
             model, target, each, surrogate, reset, detach_reset, dtype,
             per_neuron=per_neuron, learned=learned, sequences=names,
         )  # fmt: skip
-        counts = ITEMSIZE[spec.dtype], len(spec.model.state), len(spec.sequences)
+        counts = ITEMSIZE[spec.dtype], spec.model, len(spec.sequences)
         shape = targets.by_name(target).shape(each, *counts, neurons, steps, True)
         specs.append(replace(spec, **shape._asdict()))
     return render_specs(specs)

@@ -188,7 +188,7 @@ def _find(
     return plan, own
 
 
-def _checkpoints(x: Tensor, states: int, save: bool) -> Tensor:
+def _checkpoints(x: Tensor, model: NeuronModel, save: bool) -> Tensor:
     """Zeros of the checkpoints' size, as a `KernelPlan` makes them.
 
     K depends on T only while one piece holds all steps, so the size is one formula whatever T,
@@ -199,7 +199,7 @@ def _checkpoints(x: Tensor, states: int, save: bool) -> Tensor:
     if not save:
         return x.new_empty(0, dtype=real)
     size = x.shape[0] - 1 if x.shape[0] > 1 else 0
-    size = size // steps_between_checkpoints(sys.maxsize, states) * states
+    size = size // steps_between_checkpoints(sys.maxsize, model) * len(model.state)
     for neurons in x.shape[1:]:
         size = size * neurons
     return x.new_zeros(size + 2, dtype=real)
@@ -231,8 +231,7 @@ def _forward(
     x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float], save: bool, call: str
 ) -> list[Tensor]:
     plan, own = _find(call, x, tensors, numbers)
-    states = len(plan.call.model.state)
-    finals = states if plan.call.final_state else 0
+    finals = len(plan.call.model.state) if plan.call.final_state else 0
     if isinstance(plan, KernelPlan):
         try:
             outputs, checkpoints = plan.forward(*plan.prepare(x, own), save=save)
@@ -242,12 +241,12 @@ def _forward(
             if plan.copies:
                 outputs = _promised(x, outputs, finals)
             if checkpoints is None:
-                checkpoints = _checkpoints(x, states, save)
+                checkpoints = _checkpoints(x, plan.call.model, save)
             else:
                 checkpoints[-2:] = 0  # nothing random in a graph
             return [*outputs, checkpoints]
     outputs, _ = plan.forward(x, own, save=save)
-    return [*_promised(x, outputs, finals), _checkpoints(x, states, save)]
+    return [*_promised(x, outputs, finals), _checkpoints(x, plan.call.model, save)]
 
 
 @_forward.register_fake
@@ -259,7 +258,7 @@ def _(
     states = [_state_like(x) for _ in told.call.model.state]
     sequences = [torch.empty_like(x) for _ in told.call.record]
     ends = states if told.call.final_state else []
-    return [torch.empty_like(x), *ends, *sequences, _checkpoints(x, len(states), save)]
+    return [torch.empty_like(x), *ends, *sequences, _checkpoints(x, told.call.model, save)]
 
 
 @torch.library.custom_op("neuronjit::backward", mutates_args=())

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from . import cache
+from . import cache, targets
 from .cachedir import Folder, Untrusted, opened, search_path, user_dir, walk
 from .cachefile import HEAD, KEY, Damaged, Stale, decode, read_meta
 from .cachelock import lock_folders
+from .source import TARGETS
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,22 @@ def verify(*, fix: bool = False) -> tuple[int, list[Finding]]:
         checked += 1
         try:
             seen = folder.stat(key)
-            decode(folder.read(key)[0], key)
+            entry = decode(folder.read(key)[0], key)
+            if why := _why_no_kernel(entry.meta, entry.binary):
+                raise Damaged(why)
         except (FileNotFoundError, Stale):  # removed meanwhile, or another version's
             continue
         except (OSError, Untrusted, Damaged) as error:
             removed = fix and not isinstance(error, OSError) and folder.unlink(key, seen)
             found.append(Finding(folder.path, key, str(error), removed))
     return checked, found
+
+
+def _why_no_kernel(meta: dict[str, Any], binary: bytes) -> str:
+    """What the target says against a whole entry's binary: its compiler may have written half."""
+    made_by, symbol = meta["fingerprint"], str(meta.get("symbol"))  # decode has seen to it
+    target, arch = made_by.get("target"), str(made_by.get("arch"))
+    return str(targets.by_name(target).check(binary, symbol, arch)) if target in TARGETS else ""
 
 
 def clear(

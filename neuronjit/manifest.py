@@ -77,7 +77,7 @@ def read(path: str) -> list[tuple[KernelSpec, str]]:
                 _expect(given, dict, "a line")
                 arch = _expect(given.pop("arch", None), str, "arch")
                 spec = from_json(given)
-                targets.by_name(spec.target).check_arch(arch)
+                targets.by_name(spec.target).check_arch(arch, recorded=True)
             except (NeuronJitError, ValueError, RecursionError) as error:
                 raise SpecError(f"{path!r}, line {number}: {error}") from None
             found[spec, arch] = None

@@ -438,9 +438,8 @@ class KernelPlan:
         self, key: Any, direction: str, sequences: tuple[str, ...], learned: tuple[str, ...]
     ) -> _Launch:
         aligned = key if direction == "forward" else key[0]
-        size, states = self.dtype.itemsize, len(self.states)
         shape = targets.by_name(self.target).shape(
-            direction, size, states, len(sequences), self.n, self.T, aligned
+            direction, self.dtype.itemsize, self.call.model, len(sequences), self.n, self.T, aligned
         )
         spec = KernelSpec.of(
             self.call.model,

@@ -142,7 +142,5 @@ def choices(
 def every_shape(spec: KernelSpec, target: str) -> list[KernelSpec]:
     """The same kernel for `target`, in each shape that some size of input may ask for."""
     size = ITEMSIZE[spec.dtype]
-    shapes = targets.shapes(
-        target, spec.direction, size, len(spec.model.state), len(spec.sequences)
-    )
+    shapes = targets.shapes(target, spec.direction, size, spec.model, len(spec.sequences))
     return [replace(spec, target=target, **shape._asdict()) for shape in shapes]

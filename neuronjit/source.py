@@ -21,9 +21,10 @@ STORAGE = {"float32": "float", "float64": "double", "float16": "half_t", "bfloat
 TARGETS = ("cuda", "cpu")
 DIRECTIONS = ("forward", "backward")
 RESETS = ("hard", "soft", "own")
-RENDERERS = (  # the files whose code decides a rendered text: all that `rendering` imports
+# the files whose code decides a rendered text: all that `rendering` imports; and how it is compiled
+RENDERERS = (
     "expressions.py", "derivatives.py", "printing.py", "rendering.py", "neurons.py", "source.py",
-    "surrogates.py",
+    "surrogates.py", "targets/common.py",
 )  # fmt: skip
 MOST = 256  # steps, lanes and loads become code that many times over
 CUDA_BLOCK = 128  # threads; small, so that short rows still spread over all multiprocessors

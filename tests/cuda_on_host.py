@@ -56,10 +56,10 @@ def header(templates):
     return SHIM + text
 
 
-def shape(direction, itemsize, states, sequences, n, steps, aligned):
+def shape(direction, itemsize, model, sequences, n, steps, aligned):
     """Few neurons as a GPU walks few, multiples of 4 as it walks very many."""
     many = n << 14 if n % 4 == 0 else n
-    return cuda.shape(direction, itemsize, states, sequences, many, steps, aligned)
+    return cuda.shape(direction, itemsize, model, sequences, many, steps, aligned)
 
 
 def main(model, dtype, *steps):

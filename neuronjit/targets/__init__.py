@@ -7,22 +7,26 @@ import itertools
 from functools import cache
 from typing import Any
 
-from ..errors import SpecError, known
+from ..errors import BackendError, SpecError, known
+from ..neurons import NeuronModel
 from ..source import TARGETS
 from .common import Shape
 
 
 @cache
 def by_name(name: str) -> Any:
-    """The target's module. Raises SpecError."""
+    """The target's module. Raises SpecError, and BackendError where it cannot be imported."""
     if name not in TARGETS:
         raise SpecError(f"unknown target {ascii(name)[:80]}. {known(TARGETS)}")
-    return importlib.import_module(f".{name}", __package__)
+    try:
+        return importlib.import_module(f".{name}", __package__)
+    except (OSError, ImportError) as error:  # out of descriptors, say
+        raise BackendError(f"the {name} target cannot be imported: {error}") from error
 
 
 @cache
 def shapes(
-    target: str, direction: str, itemsize: int, states: int, sequences: int
+    target: str, direction: str, itemsize: int, model: NeuronModel, sequences: int
 ) -> tuple[Shape, ...]:
     """Every shape that `shape` of this target gives, whatever the sizes: what to build ahead.
 
@@ -35,4 +39,4 @@ def shapes(
     }
     steps = [*range(1, 34), 50, 64, 65, 100, 128, 256, 512, 1000, 1024, 4096]
     asked = itertools.product(sorted(neurons), steps, (True, False))
-    return tuple(sorted({shape(direction, itemsize, states, sequences, *sizes) for sizes in asked}))
+    return tuple(sorted({shape(direction, itemsize, model, sequences, *sizes) for sizes in asked}))

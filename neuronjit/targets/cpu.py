@@ -9,15 +9,25 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..cachedir import Untrusted
 from ..errors import BackendError, CompileError, SpecError, known
-from .common import Shape, debug, first_lines, keep_source, steps_between_checkpoints
+from ..neurons import NeuronModel
+from . import scratch
+from .binary import SHARED, why_not_elf
+from .common import (
+    MOST_TERMS,
+    Shape,
+    debug,
+    first_lines,
+    keep_source,
+    steps_between_checkpoints,
+)
 
 # No contraction and no reordering: spikes are bit-identical to eager PyTorch's and to the GPU's.
 # The last two flags only drop what the kernels do not use (errno, floating-point traps), so that
@@ -27,6 +37,8 @@ FLAGS = (
     "-fno-math-errno", "-fno-trapping-math",
 )  # fmt: skip
 OPENMP = "-fopenmp"
+# for large kernels, where -O3 takes minutes: loops still vectorise
+LARGE = ("-O1", "-ftree-vectorize")
 # neurons of one inner loop: whole vectors of any width, and rows long enough for the prefetchers
 LANES = 64
 _PARALLEL_FROM = 1 << 15  # neuron-steps below which waking threads costs more than it saves
@@ -37,6 +49,8 @@ _X86_LEVELS = {
     "x86-64-v3": {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"},
     "x86-64-v2": {"cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"},
 }
+_MACHINES = {"aarch64": 183, "arm64": 183, "ppc64le": 21, "riscv64": 243, "loongarch64": 258}  # ELF
+_VERSION_TIMEOUT_S = 20.0
 
 
 def why_unavailable() -> str | None:
@@ -51,17 +65,25 @@ def why_unavailable() -> str | None:
 def compiler() -> list[str]:
     """The command of the host compiler: $CXX, else g++ or clang++. Raises BackendError."""
     chosen = os.environ.get("CXX", "").strip()
+    words, reason = _compiler(chosen, os.environ.get("PATH", os.defpath))
+    if reason:
+        raise BackendError(reason)
+    return [*words]
+
+
+@cache
+def _compiler(chosen: str, path: str) -> tuple[tuple[str, ...], str]:
+    """The command, or why there is none: both are remembered, because each call may ask."""
     for command in [chosen] if chosen else ["g++", "clang++"]:
         try:
             words = shlex.split(command)
         except ValueError as error:
-            reason = f"CXX={ascii(command)[:200]} cannot be read as a command: {error}"
-            raise BackendError(reason) from None
-        path = shutil.which(words[0]) if words else None
-        if path:
-            return [path, *words[1:]]
+            return (), f"CXX={ascii(command)[:200]} cannot be read as a command: {error}"
+        found = shutil.which(words[0], path=path) if words else None
+        if found:
+            return (found, *words[1:]), ""
     looked = f"CXX={ascii(chosen)[:200]}" if chosen else "g++ and clang++"
-    raise BackendError(
+    return (), (
         f"the cpu target needs a C++17 compiler; looked for {looked} on PATH. Install one"
         " (Debian: apt install g++; conda: conda install gxx), name it in CXX,"
         " or use backend='eager'"
@@ -100,7 +122,7 @@ def serving(arch: str) -> list[str]:
     return levels[levels.index(arch) :] if arch in levels else [arch]
 
 
-def check_arch(name: str) -> str:
+def check_arch(name: str, *, recorded: bool = False) -> str:
     """`name` if kernels for it can be compiled here. Raises SpecError."""
     machine = platform.machine().lower()
     allowed = [*_X86_LEVELS, "x86-64"] if machine in ("x86_64", "amd64") else [machine]
@@ -109,22 +131,19 @@ def check_arch(name: str) -> str:
     return name
 
 
-def _run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
-    nothing = subprocess.DEVNULL
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, stdin=nothing)
-
-
 @cache
 def _version(command: tuple[str, ...]) -> str:
     try:
-        done = _run([*command, "--version"], timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        with scratch.scratch() as folder:
+            version, no_errors = [*command, "--version"], subprocess.DEVNULL
+            code, words = scratch.run(version, folder, _VERSION_TIMEOUT_S, errors=no_errors)
+    except (OSError, Untrusted) as error:
         reason = f"the C++ compiler {command[0]} does not answer --version: {error}"
         raise BackendError(reason) from None
-    if done.returncode:
-        words = first_lines(done.stderr or done.stdout)
-        raise BackendError(f"the C++ compiler {command[0]} --version failed:\n{words}")
-    return next(iter(done.stdout.splitlines()), "unknown")
+    if code:
+        said = first_lines(words)
+        raise BackendError(f"the C++ compiler {command[0]} --version failed ({code}):\n{said}")
+    return next(iter(words.splitlines()), "unknown")
 
 
 def fingerprint(arch: str) -> dict[str, str]:
@@ -134,35 +153,48 @@ def fingerprint(arch: str) -> dict[str, str]:
         "target": "cpu",
         "arch": arch,
         "compiler": " ".join([_version(tuple(command)), *command[1:]]),
-        "flags": " ".join([*FLAGS, OPENMP]),
+        "flags": " ".join([*FLAGS, OPENMP, f"large {MOST_TERMS}:", *LARGE]),
         "abi": " ".join([platform.system(), *platform.libc_ver()]),
     }
 
 
-def compile(source: str, symbol: str, arch: str) -> bytes:
+def compile(source: str, symbol: str, arch: str, large: bool = False) -> bytes:
     """A shared object. Raises CompileError with the compiler's words and the source's place."""
     march = [f"-march={arch}"] if arch.startswith("x86-64") else []
+    command, code, words, binary = compiler(), 0, "", b""
     try:
-        with tempfile.TemporaryDirectory(prefix="neuronjit-") as folder:
-            text, binary = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
-            text.write_text(source, encoding="ascii")
+        with scratch.scratch() as folder:
+            text = scratch.write(folder, "kernel.cpp", source.encode("ascii"))
+            files = ["-o", os.path.join(folder.path, "kernel.so"), text, "-lm"]
             for openmp in ([OPENMP], []):  # without OpenMP's library the kernels run on one thread
-                files = ["-o", str(binary), str(text), "-lm"]
-                command = [*compiler(), *FLAGS, *march, *openmp, *files]
+                options = [*FLAGS, *(LARGE if large else ()), *march, *openmp]
+                command = [*compiler(), *options, *files]
                 debug(f"{shlex.join(command)} ({symbol})", source, ".cpp")
-                done = _run(command, timeout=600)
-                if done.returncode == 0 or "openmp" not in done.stderr.lower():
+                code, words = scratch.run(command, folder, scratch.TIMEOUT_S)
+                if code == 0 or "openmp" not in words.lower():
                     break
-            code = binary.read_bytes() if done.returncode == 0 and binary.exists() else b""
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise CompileError(f"the C++ compiler could not run for {symbol}: {error}") from None
-    if code[:4] not in (b"\x7fELF", b"\xcf\xfa\xed\xfe"):
+            if code == 0:
+                binary = scratch.read(folder, "kernel.so")
+    except (OSError, Untrusted) as error:
+        reason = f"the C++ compiler could not run: {error}\nkernel {symbol}"
+        raise CompileError(reason) from None
+    why = check(binary, symbol, arch) if code == 0 else ""
+    if code or why:
+        ended = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
+        what = f"the C++ compiler {ended}" if code else f"the C++ compiler gave no kernel: {why}"
         raise CompileError(
-            f"the C++ compiler failed for {symbol} (exit code {done.returncode});"
-            f" source: {keep_source(source, '.cpp')}\n"
-            f"{shlex.join(command)}\n{first_lines(done.stderr)}"
+            f"{what}\nkernel {symbol}, source: {keep_source(source, '.cpp')}\n"
+            f"{shlex.join(command)}\n{first_lines(words)}"
         )
-    return code
+    return binary
+
+
+def check(binary: bytes, symbol: str, arch: str) -> str:
+    """Why this cannot be the kernel's shared object; "" if nothing is wrong with it."""
+    if binary[:4] == b"\xcf\xfa\xed\xfe":  # Mach-O, whose loader checks it
+        return ""
+    machine = 62 if arch.startswith("x86-64") else _MACHINES.get(arch)
+    return why_not_elf(binary, SHARED, machine, symbol)
 
 
 class Kernel:
@@ -182,7 +214,17 @@ class Kernel:
         self._function(packed, threads)
 
 
-_forked = False  # GNU OpenMP's threads do not survive a fork, and waiting for them would never end
+def _is_fork() -> bool:
+    """Whether this process was forked and runs no program of its own (PF_FORKNOEXEC)."""
+    try:
+        return bool(int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[6]) & 0x40)
+    except (OSError, ValueError, IndexError):  # not Linux
+        return False
+
+
+# GNU OpenMP's threads do not survive a fork, and waiting for them would never end. Its parent may
+# have started them before this module was imported: torch does, from the same library.
+_forked = _is_fork()
 
 
 def _after_fork() -> None:
@@ -190,8 +232,7 @@ def _after_fork() -> None:
     _forked = True
 
 
-@cache
-def _watch_forks() -> None:
+if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
@@ -205,17 +246,18 @@ def check_loadable(symbol: str) -> None:
 def load(binary: bytes, symbol: str, lanes: int, device: int = 0) -> Kernel:
     """Load a shared object from the very bytes that were verified, through a sealed memory file.
 
-    Raises BackendError where a library that it needs is missing.
+    Raises BackendError where it is damaged, or a library that it needs is missing.
     """
-    _watch_forks()
+    if why := check(binary, symbol, arch()):
+        raise BackendError(f"a kernel cannot be loaded: {why}\nkernel {symbol}")
     try:
-        library = _dlopen(binary)
-    except OSError as error:  # built where there was OpenMP, and carried to where there is none
+        function = getattr(_dlopen(binary), symbol)
+    except (OSError, AttributeError, Untrusted) as error:
+        # built where there was OpenMP, and carried to where there is none
         raise BackendError(
-            f"kernel {symbol} cannot be loaded: {error}. Install the library that it lacks (Debian:"
-            " apt install libgomp1), compile kernels here, or use backend='eager'"
+            f"a kernel cannot be loaded: {error}. Install the library that it lacks (Debian:"
+            f" apt install libgomp1), compile kernels here, or use backend='eager'\nkernel {symbol}"
         ) from None
-    function = getattr(library, symbol)
     function.argtypes = [ctypes.c_char_p, ctypes.c_int]
     function.restype = None
     debug(f"loaded {symbol}")
@@ -254,14 +296,18 @@ def _seal(descriptor: int) -> None:
 
 def _dlopen_file(binary: bytes) -> ctypes.CDLL:
     """Where memory files cannot be run: a private file that lives as long as the call."""
-    with tempfile.TemporaryDirectory(prefix="neuronjit-") as folder:
-        path = Path(folder, f"{os.getpid()}-{next(_loads)}.so")
-        path.write_bytes(binary)
-        return ctypes.CDLL(str(path))
+    with scratch.scratch(executable=True) as folder:
+        return ctypes.CDLL(scratch.write(folder, f"{os.getpid()}-{next(_loads)}.so", binary))
 
 
 def shape(
-    direction: str, itemsize: int, states: int, sequences: int, n: int, steps: int, aligned: bool
+    direction: str,
+    itemsize: int,
+    model: NeuronModel,
+    sequences: int,
+    n: int,
+    steps: int,
+    aligned: bool,
 ) -> Shape:
     """How to walk the work; rows are loaded one by one, the CPU's own prefetchers look ahead."""
-    return Shape(steps_between_checkpoints(steps, states), LANES, 1, False)
+    return Shape(steps_between_checkpoints(steps, model), LANES, 1, False)

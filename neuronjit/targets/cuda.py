@@ -13,13 +13,24 @@ from typing import Any
 
 import torch
 
-from ..errors import BackendError, CompileError, MissingKernelError, SpecError
+from ..errors import BackendError, CompileError, MissingKernelError, SpecError, known
+from ..neurons import NeuronModel
 from ..source import CUDA_BLOCK
-from .common import Shape, debug, first_lines, keep_source, steps_between_checkpoints
+from .binary import CUBIN, CUDA, cubin_arch, why_not_elf, why_not_ptx
+from .common import (
+    MOST_TERMS,
+    Shape,
+    debug,
+    first_lines,
+    is_long,
+    keep_source,
+    steps_between_checkpoints,
+)
 
 # --fmad=false and IEEE division keep spikes bit-identical to the CPU's; kernels wait for memory,
 # not for these.
 FLAGS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
+LARGE = ("--define-macro=LARGE_",)  # functions that are a page of code are called, not inlined
 # torch's own accessors, in a fifth of a microsecond each; CPU builds have neither
 _raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
@@ -64,45 +75,74 @@ def serving(arch: str) -> list[str]:
     return [f"{arch[:-1]}{minor}" for minor in range(int(arch[-1]), -1, -1)]
 
 
-def check_arch(name: str) -> str:
-    """`name` if it is an architecture, such as sm_90: any can be compiled for. Raises SpecError."""
-    if not re.fullmatch(r"sm_\d{2,3}[af]?", name):
-        expected = "expected sm_75, sm_80, sm_90, ..."
-        raise SpecError(f"unknown CUDA architecture {ascii(name)[:80]}; {expected}")
+def check_arch(name: str, *, recorded: bool = False) -> str:
+    """`name` if it is an architecture, such as sm_90, that NVRTC knows. Raises SpecError.
+
+    `recorded`: by a run on such a GPU, which may be newer than NVRTC (and than this one).
+    """
+    try:
+        numbers = [int(number) for number in _nvrtc().getSupportedArchs()]
+    except BackendError:  # which the compiler's user will hear of
+        numbers = []
+    named = re.fullmatch(r"sm_(\d{2,3})[af]?", name, re.ASCII)
+    if not named or (numbers and int(named[1]) not in numbers and not recorded):
+        expected = known(f"sm_{number:03}" for number in numbers).replace("sm_0", "sm_")
+        expected = expected if numbers else "Expected sm_75, sm_80, sm_90, ..."
+        raise SpecError(f"unknown CUDA architecture {ascii(name)[:80]}. {expected}")
     return name
 
 
 def fingerprint(arch: str) -> dict[str, str]:
     """All that decides the binary besides the source. Raises BackendError without NVRTC."""
     nvrtc = "nvrtc " + ".".join(map(str, _nvrtc().getVersion()))
-    return {"target": "cuda", "arch": arch, "compiler": nvrtc, "flags": " ".join(FLAGS)}
+    flags = " ".join([*FLAGS, f"large {MOST_TERMS}:", *LARGE])
+    return {"target": "cuda", "arch": arch, "compiler": nvrtc, "flags": flags}
 
 
-def compile(source: str, symbol: str, arch: str) -> bytes:
+def compile(source: str, symbol: str, arch: str, large: bool = False) -> bytes:
     """A cubin for `arch`; from an NVRTC older than the GPU, PTX for the newest one it knows.
 
     Raises CompileError with the compiler's words and the place of the source.
     """
     nvrtc = _nvrtc()
-    number = int(re.sub(r"\D", "", arch))
-    known = nvrtc.getSupportedArchs()
-    as_ptx = number > max(known)
-    options = [f"--gpu-architecture={f'compute_{max(known)}' if as_ptx else arch}", *FLAGS]
+    newest = max(nvrtc.getSupportedArchs())
+    as_ptx = _number(arch) > newest
+    options = [f"--gpu-architecture={f'compute_{newest}' if as_ptx else arch}", *FLAGS]
+    options += LARGE if large else ()
     debug(f"nvrtc {' '.join(options)} {symbol}.cu", source, ".cu")
     program = nvrtc.createProgram(source, f"{symbol}.cu", (), ())
     try:
         nvrtc.compileProgram(program, options)
-        if as_ptx:
-            return bytes(nvrtc.getPTX(program), "ascii") + b"\0"
-        return bytes(nvrtc.getCUBIN(program))
+        made = nvrtc.getPTX(program) if as_ptx else nvrtc.getCUBIN(program)
     except nvrtc.NVRTCError as error:
         log = first_lines(nvrtc.getProgramLog(program))
         raise CompileError(
-            f"NVRTC refused {symbol} ({error}); source: {keep_source(source, '.cu')}\n"
+            f"NVRTC failed ({error})\nkernel {symbol}, source: {keep_source(source, '.cu')}\n"
             f"{' '.join(options)}\n{log}"
         ) from None
     finally:
         nvrtc.destroyProgram(program)
+    binary = made.encode("ascii") if isinstance(made, str) else bytes(made)  # text in older CuPy
+    if check(binary, symbol, arch):  # CuPy drops the last byte, a zero, of texts and of cubins too
+        binary += b"\0"
+    if why := check(binary, symbol, arch):
+        raise CompileError(f"NVRTC gave no kernel: {why}\nkernel {symbol}\n{' '.join(options)}")
+    return binary
+
+
+def check(binary: bytes, symbol: str, arch: str) -> str:
+    """Why this cannot be the kernel's cubin (or PTX) on `arch`; "" if nothing is wrong with it."""
+    if binary[:4] != b"\x7fELF":
+        return why_not_ptx(binary, symbol)
+    why = why_not_elf(binary, CUBIN, CUDA, symbol)
+    runs = {_number(other) for other in serving(arch)}
+    if not why and (number := cubin_arch(binary)) not in runs:
+        return f"it is for sm_{number}, not {arch}"
+    return why
+
+
+def _number(arch: str) -> int:
+    return int(re.sub(r"\D", "", arch))
 
 
 class _Contexts(threading.local):
@@ -159,21 +199,35 @@ def check_loadable(symbol: str) -> None:
 
 
 def load(binary: bytes, symbol: str, lanes: int, device: int) -> Kernel:
-    """Load a cubin (or PTX) into the context of `device`, from memory."""
+    """Load a cubin (or PTX) into the context of `device`, from memory.
+
+    Raises BackendError where it is damaged, or the driver refuses it.
+    """
     from cupy_backends.cuda.api import driver
 
-    with torch.cuda.device(device):
-        _contexts.enter(device)
-        module = driver.moduleLoadData(binary)
-        function = driver.moduleGetFunction(module, symbol)
-        spilled = driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function)
-        registers = driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_NUM_REGS, function)
+    if why := check(binary, symbol, arch(device)):
+        raise BackendError(f"a kernel cannot be loaded: {why}\nkernel {symbol}")
+    try:
+        with torch.cuda.device(device):
+            _contexts.enter(device)
+            module = driver.moduleLoadData(binary)
+            function = driver.moduleGetFunction(module, symbol)
+            spilled = driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function)
+            registers = driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_NUM_REGS, function)
+    except driver.CUDADriverError as error:
+        raise BackendError(f"a kernel cannot be loaded: {error}\nkernel {symbol}") from None
     debug(f"loaded {symbol} on cuda:{device}: {registers} registers, {spilled} bytes spilled")
     return Kernel(function, lanes, device, driver.launchKernel)
 
 
 def shape(
-    direction: str, itemsize: int, states: int, sequences: int, n: int, steps: int, aligned: bool
+    direction: str,
+    itemsize: int,
+    model: NeuronModel,
+    sequences: int,
+    n: int,
+    steps: int,
+    aligned: bool,
 ) -> Shape:
     """Lanes, checkpoint distance and loads in flight for `n` neurons and `steps` time steps.
 
@@ -181,8 +235,10 @@ def shape(
     few threads and long chains the next rows must be on their way before the current ones are used
     (forward, that pays below half as many). Four lanes leave no registers for rows ahead.
     """
-    k = steps_between_checkpoints(steps, states)
-    widest = max(min(8 // itemsize, 4 // states), 1)
+    k = steps_between_checkpoints(steps, model)
+    if is_long(model):
+        return Shape(k, 1, 1, False)
+    widest = max(min(8 // itemsize, 4 // len(model.state)), 1)
     if sequences > 1:
         widest = 1  # rows of several sequences at once want all registers
     lanes = 1
