@@ -8,6 +8,7 @@ from .expressions import FUNCTIONS, Node, name, number, small_power
 
 COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
 _PRECEDENCE = {
+    "||": 0,
     **dict.fromkeys(COMPARISONS, 1),
     "+": 2,
     "-": 2,

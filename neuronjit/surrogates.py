@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
-from .derivatives import derivative
 from .errors import InputTypeError, SpecError, known
-from .expressions import Node, check_label, check_name, parse_expression
+from .expressions import check_label, check_name, parse_expression
 
 
 class Surrogate:
@@ -86,13 +84,6 @@ class Surrogate:
         other.params = dict(self.params)
         other._set(params, self.spiking if spiking is None else spiking)
         return other
-
-    @cached_property
-    def smooth_derivative_tree(self) -> Node:
-        """The primitive's own derivative, which backward uses when `spiking=False`."""
-        if self.primitive_tree is None:
-            raise SpecError(f"surrogate '{self.name}' has no primitive")
-        return derivative(self.primitive_tree, "u")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as its text, for hashes of text differ between processes."""
