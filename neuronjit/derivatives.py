@@ -27,7 +27,10 @@ def split_choices(statements: Iterable[Statement]) -> list[tuple[Statement, str]
     for statement in statements:
         splitting = _Splitting(statement)
         tree = splitting.split(statement.expression, "", root=True)
-        found += [*splitting.parts, (Statement(statement.target, tree, statement.line), "")]
+        # gates last and the outer first: they read values, and those of outer choices
+        found += splitting.parts
+        found += [(gate, "") for gate in reversed(splitting.gates)]
+        found.append((Statement(statement.target, tree, statement.line), ""))
     return found
 
 
@@ -37,11 +40,12 @@ class _Splitting:
     def __init__(self, whole: Statement) -> None:
         self.whole = whole
         self.parts: list[tuple[Statement, str]] = []
+        self.gates: list[Statement] = []
         # no other generated name has a digit there, and no name of the equations ends in _
         self.fresh = (f"{whole.target}_{i}c_" for i in itertools.count())
 
-    def part(self, expression: Node, gate: str, target: str = "") -> Node:
-        target = target or next(self.fresh)
+    def part(self, expression: Node, gate: str) -> Node:
+        target = next(self.fresh)
         self.parts.append((Statement(target, expression, self.whole.line), gate))
         return name(target)
 
@@ -61,7 +65,7 @@ class _Splitting:
         opened = name(gate) if gate else _ONE
         for of_gate, closed in zip(gates, _closed(node, opened), strict=True):
             if of_gate:
-                self.part(closed, "", of_gate)
+                self.gates.append(Statement(of_gate, closed, self.whole.line))
         return node if root else self.part(node, gate)
 
 
@@ -146,6 +150,8 @@ def multiply(a: Node, b: Node) -> Node:
     if b.op in ("+", "-") and _closes(b):
         first, second = (multiply(a, arg) for arg in b.args)
         return add([first, second if b.op == "+" else negate(second)])
+    if b.op == "/" and _is(b.args[0], 1):
+        a, b = b, a
     if a.op == "/" and _is(a.args[0], 1):  # (1 / y) * b is better as b / y
         return Node("/", (b, a.args[1]))
     return Node("*", (a, b))

@@ -12,6 +12,9 @@ from .neurons import program
 from .printing import divided_by, exact_divisions, fast_divisions, functions, to_cpp
 from .source import CUDA_BLOCK, STORAGE, KernelSpec, arguments, surrogate_arguments, templates
 
+# a GPU's division takes ten times as long as a product; a CPU's is hidden behind the memory
+KEEP_RECIPROCALS = ("cuda",)
+
 
 def render_specs(specs: Sequence[KernelSpec]) -> str:
     """The source of some kernels of one target: the target's names once, then each kernel."""
@@ -91,7 +94,9 @@ def _distance(spec: KernelSpec, h: Node, theta: Node) -> tuple[Node, ...]:
 
 @cache
 def divisors(spec: KernelSpec) -> tuple[str, ...]:
-    """Parameters that states are divided by at every step: threads keep their reciprocals."""
+    """Parameters that states are divided by at every step, where threads keep their reciprocals."""
+    if spec.target not in KEEP_RECIPROCALS:
+        return ()
     statements = program(spec.model, spec.reset, spec.detach_reset).statements
     found = set().union(*(divided_by(s.expression) for s in statements))
     return tuple(p for p in spec.model.params if p in found)
