@@ -513,6 +513,113 @@ def test_indentation_comments_and_blank_lines_are_free() -> None:
     assert torch.equal(nj.multistep(plain, x).spikes, nj.multistep(free, x).spikes)
 
 
+# --- long and deep expressions -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_a_chain_of_operators_may_be_long(backend: str) -> None:
+    """As long as the text may be, in the written order, with every gradient."""
+    x = (torch.rand(2, 3, generator=torch.Generator().manual_seed(1)) + 0.5).requires_grad_()
+    signs = ["+", "-", "+", "*", "/"]
+    chain = "v" + "".join(f" {signs[i % 3]} x" for i in range(990))
+    product = "x" + "".join(f" {signs[3 + i % 2]} a" for i in range(300))
+    inside = "tanh(" + "x" + " + 0.01" * 300 + ")"
+    for text, loop in ((chain, signs[:3] * 330), (product, signs[3:] * 150), (inside, ["+"] * 300)):
+        model = nj.NeuronModel(
+            "chain", f"h = {text}", state={"v": 0.0}, params={"a": 1.1, "v_threshold": 1e9}
+        )
+        out = nj.multistep(model, x, record="h", backend=backend)
+        a, c = torch.tensor(1.1), torch.tensor(0.01)
+        v, rows = torch.zeros(3), []
+        for now in x:
+            h = v if text is chain else now
+            operand = now if text is chain else a if text is product else c
+            for sign in loop:
+                functions = {"+": torch.add, "-": torch.sub, "*": torch.mul, "/": torch.div}
+                h = functions[sign](h, operand)
+            v = torch.tanh(h) if text is inside else h
+            rows.append(v)
+        want = torch.stack(rows)
+        if text is inside:
+            assert_near(out.record["h"], want, 1e-6, text[:20])
+        else:
+            assert_same_bits(out.record["h"], want.detach(), text[:20])
+        slopes = [torch.autograd.grad(h.sum(), x)[0] for h in (out.record["h"], want)]
+        assert_near(*slopes, 1e-4, f"slope of {text[:20]}")
+
+
+def test_a_long_reset_of_ones_own_may_be_detached() -> None:
+    """`detach_reset` cuts s in all parts of a long assignment to v."""
+    text = "h = v + x\nv = h - s" + " + 0.001 * s - 0.001 * h" * 40
+    model = nj.NeuronModel("own", text, state={"v": 0.0})
+    x = torch.rand(5, 4, dtype=torch.float64).add(0.4).requires_grad_()
+    out = nj.multistep(model, x, detach_reset=True, record="v")
+    v, rows = torch.zeros(4, dtype=torch.float64), []
+    for now in x:
+        h = v + now
+        s = (h >= 1).double().detach()
+        v = h - s
+        for _ in range(40):
+            v = v + 0.001 * s - 0.001 * h
+        rows.append(v)
+    want = torch.stack(rows)
+    assert_near(out.record["v"], want, 1e-12, "v")
+    slopes = [torch.autograd.grad(v.sum(), x)[0] for v in (out.record["v"], want)]
+    assert_near(*slopes, 1e-12, "slope")
+
+
+DEEPEST = {
+    "sums": "x" + " + x" * 999,
+    "functions": "tanh(" * 98 + "x" + ")" * 98,
+    "powers": "x" + "**0.9" * 95,
+    "right": "x - (" * 98 + "x" + ")" * 98,
+    "choices": "maximum(0.1, " * 90 + "x" + ")" * 90,
+    "alternating": "tanh(0.1 + 0.1 * sqrt(" * 24 + "x" + "))" * 24,
+    "wheres": "where(x > 0.1, 0.5 * " * 45 + "x" + ", sqrt(x))" * 45,
+    "chains in chains": "tanh(" * 19 + "x" + (" + 0.01" * 48 + ")") * 19,
+}
+
+
+@pytest.mark.parametrize("shape", DEEPEST)
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_the_largest_blocks_that_are_accepted_work(shape: str, backend: str) -> None:
+    """No recursion of Python's overflows, in a process that stands deep in its stack already."""
+    x = torch.full((1, 3), 0.5, dtype=torch.float64).requires_grad_()
+
+    def deeper(levels: int) -> tuple[Tensor, ...]:
+        if levels:
+            return deeper(levels - 1)
+        model = nj.NeuronModel("deep", f"h = {DEEPEST[shape]}", state={"v": 0.0})
+        out = nj.multistep(model, x, record="h", backend=backend)
+        return out.record["h"], *torch.autograd.grad(out.record["h"].sum(), x)
+
+    value, slope = deeper(200)
+    step = 1e-6
+    text = DEEPEST[shape]
+    places = {"tanh": math.tanh, "sqrt": math.sqrt, "maximum": max}
+    if shape != "wheres" and shape != "sums":
+
+        def f(x: float) -> float:
+            return float(eval(text, {}, {**places, "x": x}))  # noqa: S307 our own text
+
+        near = torch.full_like(value, f(0.5))
+        torch.testing.assert_close(value.detach(), near)
+        rise = (f(0.5 + step) - f(0.5 - step)) / (2 * step)
+        torch.testing.assert_close(slope, torch.full_like(slope, rise), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x" + " + x" * 1001, "tanh(" * 101 + "x" + ")" * 101, "x" + "**x" * 101, "-" * 101 + "x"],
+    ids=["sums", "functions", "powers", "signs"],
+)
+def test_larger_ones_are_refused(text: str) -> None:
+    with pytest.raises(nj.EquationError, match="too large"):
+        nj.NeuronModel("deep", f"h = {text}", state={"v": 0.0})
+    with pytest.raises(nj.EquationError, match="too large"):
+        nj.Surrogate("deep", text.replace("x", "u"))
+
+
 # --- names that mean something in the generated code ---------------------------------------------
 
 

@@ -102,16 +102,18 @@ def check(seed: int) -> None:
             compare(got[name][mask], value[mask], VALUES, f"output {name}; {shown}")
         elif name == "s" and case.spiking:
             assert torch.equal(got["s"][mask], value[mask]), f"spikes; {shown}"
-    assert got_slopes.keys() == slopes.keys(), shown
     if case.dtype == torch.float64:
-        for name, value in slopes.items():
-            compare(got_slopes[name], value, GRADIENTS, f"gradient of {name}; {shown}")
+        for name in slopes.keys() | got_slopes.keys():  # with no step, no graph may be left
+            got_slope, slope = got_slopes.get(name), slopes.get(name)
+            got_slope = torch.zeros_like(slope) if got_slope is None else got_slope
+            slope = torch.zeros_like(got_slope) if slope is None else slope
+            compare(got_slope, slope, GRADIENTS, f"gradient of {name}; {shown}")
 
 
 def compare(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
     got, want = got.detach(), want.detach()
     finite = want[want.isfinite()]
-    largest = finite.abs().max().item() if finite.numel() else 0.0
+    largest = max(1.0, finite.abs().max().item() if finite.numel() else 0.0)
     near = torch.isclose(got, want, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
     assert near.all(), f"{got[~near][:4].tolist()}, not {want[~near][:4].tolist()}: {what}"
 
