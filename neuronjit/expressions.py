@@ -11,7 +11,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,8 @@ from .errors import EquationError, known
 MAX_CHARACTERS = 10_000
 MAX_NODES = 2_000
 MAX_DEPTH = 100
+# a chain of operators is cut into statements of this height: recursion over trees stays shallow
+MAX_HEIGHT = 50
 
 # arity of every function of the language; each target header defines it as <name>_
 FUNCTIONS = {
@@ -36,6 +38,7 @@ _ARITHMETIC: dict[str, Callable[..., float]] = {
 _BINARY = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**"}
 _COMPARE = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!="}
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}", re.ASCII)
+_PART = re.compile(r"(\w+)_\d+_", re.ASCII)  # no name of the equations ends in _
 _NOT_TEXT = re.compile(r"[^\n\t\x20-\x7f]")
 _CPP_WORDS = {
     "alignas", "alignof", "and", "and_eq", "asm", "auto", "bitand", "bitor", "bool", "break",
@@ -61,6 +64,11 @@ class Node:
     op: str
     args: tuple[Node, ...] = ()
     value: str | float = 0.0
+    height: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        height = 1 + max((arg.height for arg in self.args), default=0)
+        object.__setattr__(self, "height", height)
 
     def names(self) -> set[str]:
         """Every name that the expression reads."""
@@ -92,6 +100,12 @@ class Statement:
     target: str
     expression: Node
     line: int
+
+    @property
+    def whole(self) -> str:
+        """The name that the block assigns, where this statement is a part of a long one."""
+        part = _PART.fullmatch(self.target)
+        return part[1] if part else self.target
 
 
 def needed(statements: Sequence[Statement], outputs: set[str]) -> list[Statement]:
@@ -140,7 +154,7 @@ def parse_block(text: str, readable: Iterable[str]) -> tuple[Statement, ...]:
     Raises EquationError, naming the line and the offending word.
     """
     known_names = set(readable)
-    statements = []
+    statements: list[Statement] = []
     lines = _checked_text(text).splitlines()
     indent = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
     text = "\n".join(line[indent:] for line in lines)
@@ -150,7 +164,12 @@ def parse_block(text: str, readable: Iterable[str]) -> tuple[Statement, ...]:
         target = statement.targets[0]
         if not isinstance(target, ast.Name):
             raise _error(text, target, "only a plain name can be assigned")
-        expression = _convert(text, statement.value, known_names)
+
+        def part(tree: Node, target: str = target.id, line: int = statement.lineno) -> Node:
+            statements.append(Statement(f"{target}_{len(statements)}_", tree, line))
+            return name(statements[-1].target)
+
+        expression = _convert(text, statement.value, known_names, part)
         try:
             check_name(target.id, "name")
         except EquationError as error:
@@ -207,16 +226,41 @@ def _parse(text: str, mode: str) -> Any:
         raise EquationError(reason) from None
 
 
-def _convert(text: str, root: ast.expr, readable: set[str]) -> Node:
+def _convert(
+    text: str, root: ast.expr, readable: set[str], part: Callable[[Node], Node] | None = None
+) -> Node:
+    """The tree of one expression. `part` makes a statement of the beginning of a long chain."""
     count = 0
     refused = partial(_error, text)
 
-    def convert(node: ast.expr, depth: int, condition: bool = False) -> Node:
+    def counted(node: ast.expr, depth: int) -> None:
         nonlocal count
         count += 1
         if count > MAX_NODES or depth > MAX_DEPTH:
-            most = f"{MAX_NODES} terms or {MAX_DEPTH} levels"
-            raise EquationError(f"line {node.lineno}: expression is too large (over {most})")
+            raise too_large(node)
+
+    def too_large(node: ast.expr) -> EquationError:
+        most = f"{MAX_NODES} terms or {MAX_DEPTH} levels"
+        return EquationError(f"line {node.lineno}: expression is too large (over {most})")
+
+    def chained(node: ast.BinOp, depth: int) -> Node:
+        """a + b + c is ((a + b) + c): a loop over the operators, however many there are."""
+        links = [node]
+        while isinstance(left := links[-1].left, ast.BinOp) and type(left.op) in _BINARY:
+            counted(left, depth)
+            links.append(left)
+        tree = convert(links[-1].left, depth + 1)
+        for link in reversed(links):
+            pair = tree, convert(link.right, depth + 1)
+            tree = folded(link, Node(_BINARY[type(link.op)], pair))
+            if part and tree.height >= MAX_HEIGHT:
+                tree = part(tree)
+            elif tree.height > MAX_DEPTH:
+                raise too_large(link)
+        return tree
+
+    def convert(node: ast.expr, depth: int, condition: bool = False) -> Node:
+        counted(node, depth)
         deeper = depth + 1
         if condition and not isinstance(node, ast.Compare):
             raise refused(node, "where() takes a comparison first, such as where(u < 0, a, b)")
@@ -233,9 +277,8 @@ def _convert(text: str, root: ast.expr, readable: set[str]) -> Node:
                 return convert(operand, deeper)
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return folded(node, Node("neg", (convert(operand, deeper),)))
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-                pair = convert(left, deeper), convert(right, deeper)
-                return folded(node, Node(_BINARY[type(op)], pair))
+            case ast.BinOp(op=op) if type(op) in _BINARY:
+                return chained(node, depth)
             case ast.Compare(left=left, ops=[op], comparators=[right]) if (
                 condition and type(op) in _COMPARE
             ):

@@ -174,7 +174,7 @@ def program(model: NeuronModel, reset: str, detach_reset: bool) -> Program:
         expression = statement.expression
         if "s" in expression.names() and "s" not in current:
             fire()
-        if statement.target == "v" and detach_reset:
+        if statement.whole == "v" and detach_reset:
             expression = expression.substitute({"s": Node("detach", (name("s"),))})
         assign(statement.target, expression, statement.line)
     if "s" not in current:

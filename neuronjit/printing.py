@@ -8,6 +8,7 @@ from .expressions import FUNCTIONS, Node, name, number, small_power
 
 COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
 _PRECEDENCE = {
+    "||": 0,
     **dict.fromkeys(COMPARISONS, 1),
     "+": 2,
     "-": 2,
@@ -64,11 +65,29 @@ def cpp_number(value: float) -> str:
 
 
 def exact_divisions(node: Node, divisors: Container[str]) -> Node:
-    """The same rounded values, from the reciprocals that a thread keeps of `divisors`."""
+    """The same rounded values, from what a thread keeps of its `divisors`.
+
+    `divide` gives the quotient by the scaled divisor. The scale is a power of two, nearly always 1:
+    a sum takes it in without a rounding or an instruction more, as a fused multiply-add.
+    """
     args = tuple(exact_divisions(arg, divisors) for arg in node.args)
     if node.op == "/" and args[1].op == "name" and args[1].value in divisors:
-        return Node("divide", (*args, reciprocal(str(args[1].value))))
+        kept = kept_of(args[1])
+        return Node("*", (Node("divide", (args[0], name(kept))), name(f"{kept}.scale")))
+    if node.op in ("+", "-") and _is_quotient(args[1]):
+        quotient, scale = args[1].args
+        return Node("fma", (_signed(quotient, node.op), scale, args[0]))
+    if node.op in ("+", "-") and _is_quotient(args[0]):
+        return Node("fma", (*args[0].args, _signed(args[1], node.op)))
     return Node(node.op, args, node.value)
+
+
+def _is_quotient(node: Node) -> bool:
+    return node.op == "*" and node.args[0].op == "divide"
+
+
+def _signed(node: Node, sign: str) -> Node:
+    return node if sign == "+" else Node("neg", (node,))
 
 
 def fast_divisions(
@@ -86,8 +105,10 @@ def fast_divisions(
         return Node(node.op, args, node.value)
     a, b = args
     if b.op == "name" and b.value in divisors:
-        r = reciprocal(str(b.value))
-        return r if a == number(1) else Node("*", (a, r))
+        kept = kept_of(b)
+        if a == number(1):
+            return name(f"{kept}.inverse")
+        return Node("*", (Node("*", (a, name(f"{kept}.r"))), name(f"{kept}.scale")))
     return Node("ratio", (a, b))
 
 
@@ -101,9 +122,9 @@ def functions(node: Node) -> set[Node]:
     return found | {node} if _is_function(node) else found
 
 
-def reciprocal(parameter: str) -> Node:
-    """The name of 1 / parameter in generated code."""
-    return name(f"r_{parameter}_")
+def kept_of(divisor: Node) -> str:
+    """What generated code calls a divisor's reciprocal, scale and scaled value."""
+    return f"r_{divisor.value}_"
 
 
 def divided_by(node: Node) -> set[str]:

@@ -97,17 +97,75 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+# operations whose slopes are finite, whatever their arguments
+_HARMLESS = {"name", "number", "+", "-", "neg", "abs", "where", "minimum", "maximum", "detach"}
+
+
 def evaluate(node: Node, values: Mapping[str, Any], constant: Callable[[float], Any]) -> Any:
     """Evaluate with torch, one operation a node.
 
     `constant` makes 0-dim tensors of the arithmetic dtype from numbers, because torch may turn a
     division by a Python number into a multiplication.
     """
-    if node.op == "name":
-        return values[str(node.value)]
-    if node.op == "number":
-        return constant(float(node.value))
-    args = [evaluate(arg, values, constant) for arg in node.args]
-    if small_power(node):
-        return args[0] * args[0] if node.args[1].value == 2.0 else args[0] * args[0] * args[0]
-    return _OPERATIONS[node.op](*args)
+    return _Evaluation(constant).run(node, values)
+
+
+class _Evaluation:
+    """Of one expression. As in the kernels, what is read in a closed branch gets the gradient 0.
+
+    In torch alone it gets 0 times the slopes on its way, which is NaN where one is infinite.
+    """
+
+    def __init__(self, constant: Callable[[float], Any]) -> None:
+        self.constant = constant
+        self.plain: dict[int, Any] = {}  # values by the id of a node, without gradients
+
+    def run(self, node: Node, values: Mapping[str, Any]) -> Any:
+        if node.op == "name":
+            return values[str(node.value)]
+        if node.op == "number":
+            return self.constant(float(node.value))
+        if node.op == "where":
+            condition = self.run(node.args[0], values)
+            kept = (condition, condition.logical_not())
+            branches = map(self.behind, node.args[1:], kept, (values, values))
+            return torch.where(condition, *branches)
+        if node.op in ("minimum", "maximum") and any(map(_may_be_infinite, node.args)):
+            a, b = (self.without_gradients(arg, values) for arg in node.args)
+            less = torch.lt if node.op == "maximum" else torch.gt
+            kept = less(a, b).logical_not(), less(b, a).logical_not()
+            return _OPERATIONS[node.op](*map(self.behind, node.args, kept, (values, values)))
+        if node.op == "sign":
+            return torch.sign(self.behind(node.args[0], torch.tensor(False), values))
+        return self.operation(node, [self.run(arg, values) for arg in node.args])
+
+    def behind(self, branch: Node, kept: Tensor, values: Mapping[str, Any]) -> Any:
+        """A branch whose names get the gradient 0 where it is not `kept`."""
+        if _may_be_infinite(branch):
+            kept = kept.to(next(iter(values.values())).device)
+            names = branch.names()
+            gated = {n: torch.where(kept, values[n], values[n].detach()) for n in names}
+            values = {**values, **gated}
+        return self.run(branch, values)
+
+    def without_gradients(self, node: Node, values: Mapping[str, Any]) -> Any:
+        if id(node) not in self.plain:
+            with torch.no_grad():
+                if node.args:
+                    args = [self.without_gradients(arg, values) for arg in node.args]
+                    self.plain[id(node)] = self.operation(node, args)
+                else:
+                    self.plain[id(node)] = self.run(node, values)
+        return self.plain[id(node)]
+
+    def operation(self, node: Node, args: list[Any]) -> Any:
+        if small_power(node):
+            return args[0] * args[0] if node.args[1].value == 2.0 else args[0] * args[0] * args[0]
+        return _OPERATIONS[node.op](*args)
+
+
+def _may_be_infinite(node: Node) -> bool:
+    """Whether a slope within may be infinite or NaN."""
+    if node.op == "detach":
+        return False
+    return node.op not in _HARMLESS or any(map(_may_be_infinite, node.args))

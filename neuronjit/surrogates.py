@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
-from .derivatives import derivative
 from .errors import InputTypeError, SpecError, known
 from .expressions import Node, check_label, check_name, parse_expression, plain
 from .immutable import Immutable, ReadOnly
@@ -130,13 +128,6 @@ class Surrogate(Immutable):
         if twice := placed.keys() & params.keys():
             raise SpecError(f"surrogate '{self.name}': {sorted(twice)} given twice")
         return placed | params
-
-    @cached_property
-    def smooth_derivative_tree(self) -> Node:
-        """The primitive's own derivative, which backward uses when `spiking=False`."""
-        if self.primitive_tree is None:
-            raise SpecError(f"surrogate '{self.name}' has no primitive")
-        return derivative(self.primitive_tree, "u")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the constructor's arguments: str hashes differ between processes."""

@@ -4,6 +4,7 @@ Their ways through steps and lanes are checked so without a GPU. A process of it
 changes what the library renders.
 
 Usage: python cuda_on_host.py MODEL DTYPE STEPS... (the names of the oracle's models)
+       python cuda_on_host.py quotients DTYPE
 """
 
 import re
@@ -13,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from support import check, inputs, starts
+from support import check, inputs, quotients, starts
 
 from neuronjit import rendering, source
 from neuronjit.targets import cpu, cuda
@@ -67,8 +68,11 @@ def main(model, dtype, *steps):
         templates = shutil.copytree(source.templates(), Path(folder, "templates"))
         (templates / "target_cpu.h.j2").write_text(header(source.templates()))
         source.templates = rendering.templates = lambda: templates
+        rendering.KEEP_RECIPROCALS = ("cpu",)
         cpu.shape = shape
         cpu.FLAGS = tuple("-O0" if flag == "-O3" else flag for flag in cpu.FLAGS)
+        if model == "quotients":
+            check_quotients(getattr(torch, dtype))
         for t in map(int, steps):
             for n in (5, 12):
                 compare(model, getattr(torch, dtype), t, n)
@@ -84,6 +88,21 @@ def compare(model, dtype, t, n):
         learned = dict(reciprocal_tau=torch.tensor(0.6, requires_grad=True))
     check(model, x, state, record=(), **learned)
     check(model, x, record=("h",), arriving=("s", "h_seq"), **learned)
+
+
+def check_quotients(dtype):
+    """Bit for bit, but next to underflow, where the last bit may be lost. Zeros may lose a sign."""
+    info = torch.finfo(dtype)
+    for what, value, want, slope, want_slope in quotients(dtype):
+        far = (want.abs() > info.tiny / info.eps**2) | (want == 0) | ~want.isfinite()
+        near = torch.isclose(value, want, rtol=2 * info.eps, atol=info.tiny, equal_nan=True)
+        same = (value == want) | (value.isnan() & want.isnan())
+        assert same[far].all() and near.all(), (what, value[~same & far], want[~same & far])
+        near = torch.isclose(
+            slope.clamp(-info.max, info.max), want_slope.clamp(-info.max, info.max),
+            rtol=8 * info.eps, atol=info.tiny, equal_nan=True,
+        )  # fmt: skip
+        assert near.all(), (what, slope[~near], want_slope[~near])
 
 
 if __name__ == "__main__":

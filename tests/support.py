@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -119,6 +120,53 @@ def assert_near(
         equal_nan=True,
         msg=lambda m: f"{what}: {m}",
     )
+
+
+def divisions(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Numerators [T, N] and divisors [N]: from the ends of the range to ordinary numbers."""
+    info = torch.finfo(dtype)
+    ends = [math.inf, math.nan, 0.0, info.max, info.tiny, info.tiny / 2, info.tiny * info.eps]
+    some = [1.0, 3.0, 1.7, 2.0, 0.1, 1e-3, 1e8, 1e-30, 1e30, 2.0**-100, 2.0**100, 2.0**125]
+    some += [1 / info.tiny, info.max / 3, info.tiny * 3]
+    values = torch.tensor([sign * n for n in ends + some for sign in (1, -1)], dtype=dtype)
+    generator = torch.Generator().manual_seed(3)
+    random = torch.randn(100, generator=generator, dtype=torch.float64) * 4
+    divisors = torch.cat([values, random.exp().to(dtype)])
+    numerators = torch.cat([values, -random.exp().to(dtype), random.to(dtype)])
+    return numerators[:, None].expand(-1, len(divisors)).contiguous(), divisors
+
+
+# forms of a quotient: alone, and where a sum or a difference takes it in
+QUOTIENTS = {
+    "x / tau": lambda x, tau, b: x / tau,
+    "b + x / tau": lambda x, tau, b: b + x / tau,
+    "b - x / tau": lambda x, tau, b: b - x / tau,
+    "x / tau - b": lambda x, tau, b: x / tau - b,
+}
+
+
+def quotients(
+    dtype: torch.dtype, backend: str | None = None
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor]]:
+    """Of each form: values and gradients of x by the library, then by plain divisions.
+
+    The divisors are a tensor for all neurons together, and one by one a tensor of one element.
+    """
+    x, tau = divisions(dtype)
+    b = torch.tensor(0.37, dtype=dtype)
+    for text, function in QUOTIENTS.items():
+        params = {"tau": 2.0, "b": 1.0}
+        model = nj.NeuronModel("divide", f"h = {text}", state={"v": 0.0}, params=params)
+        for some in (slice(None), *(slice(i, i + 1) for i in range(0, 44, 3))):
+            rows, divisor = x[:, some], tau[some]
+            mine, theirs = (rows.clone().requires_grad_() for _ in range(2))
+            out = nj.multistep(model, mine, record="h", backend=backend, tau=divisor, b=b)
+            got, want = out.record["h"], function(theirs, divisor, b)
+            arriving = rows.flip(0)
+            (slope,) = torch.autograd.grad(got, mine, arriving)
+            (want_slope,) = torch.autograd.grad(want, theirs, arriving)
+            what = f"{text} by {divisor.tolist()[:3]}"
+            yield what, got.detach(), want.detach(), slope, want_slope
 
 
 def robust(result: oracle.Result, surrogate: oracle.Surrogate, dtype: torch.dtype) -> Tensor:

@@ -32,3 +32,9 @@ def test_the_oracle_agrees(model: str, dtype: str, steps: tuple[int, ...]) -> No
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.endswith("right\n")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_quotients_are_those_of_plain_divisions(dtype: str) -> None:
+    """By infinite, huge, subnormal and zero divisors too, forward and backward."""
+    test_the_oracle_agrees("quotients", dtype, ())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support import DEVICES, assert_near, assert_same_bits
+from support import DEVICES, assert_near, assert_same_bits, quotients
 from torch import Tensor
 
 import neuronjit as nj
@@ -191,6 +192,129 @@ def test_ties_share_the_slope(device: str, backend: str) -> None:
     texts = ["minimum(x, 0.5)", "maximum(x, 0.5)", "minimum(x, x)", "abs(x - 0.5)", "sign(x - 0.5)"]
     _, slopes = evaluate(texts, torch.tensor([0.5]), device, backend)
     assert [slope.item() for slope in slopes] == [0.5, 0.5, 1.0, 0.0, 0.0]
+
+
+def low(a: Any, b: Any) -> Tensor:
+    return torch.minimum(*torch.broadcast_tensors(*map(torch.as_tensor, (a, b))))
+
+
+def high(a: Any, b: Any) -> Tensor:
+    return torch.maximum(*torch.broadcast_tensors(*map(torch.as_tensor, (a, b))))
+
+
+def opened(x: Tensor, kept: Tensor, branch: Torch, otherwise: Any = 0.0) -> Tensor:
+    """`branch` where it is kept. Elsewhere torch would give 0 times its slope, NaN at its pole."""
+    return torch.where(kept, branch(torch.where(kept, x, x.detach())), otherwise)
+
+
+# choices within operations and operations within choices, with slopes that are infinite at a kink
+CHOICES: dict[str, Torch] = {
+    "sqrt(maximum(x, 0))": lambda x: high(x, 0.0).sqrt(),
+    "sqrt(maximum(0, x - 1))": lambda x: high(0.0, x - 1).sqrt(),
+    "maximum(x, 0)**0.5": lambda x: high(x, 0.0) ** 0.5,
+    "maximum(x, 0)**p": lambda x: high(x, 0.0) ** torch.tensor(0.5, dtype=x.dtype),
+    "sqrt(where(x > 0, x, 0))": lambda x: torch.where(x > 0, x, 0.0).sqrt(),
+    "sqrt(where(x >= 0, x, 0))": lambda x: torch.where(x >= 0, x, 0.0).sqrt(),
+    "where(x > 0, sqrt(x), 0)": lambda x: opened(x, x > 0, torch.sqrt),
+    "where(x != 0, 1 / x, x)": lambda x: opened(x, x != 0, torch.reciprocal, x),
+    "log(minimum(x, 1))": lambda x: low(x, 1.0).log(),
+    "1 / maximum(x, 0)": lambda x: 1 / high(x, 0.0),
+    "-sqrt(minimum(-minimum(x, 0), 2))": lambda x: -low(-low(x, 0.0), 2.0).sqrt(),
+    "sqrt(maximum(x, 0) + maximum(x - 1, 0))": lambda x: (high(x, 0.0) + high(x - 1, 0.0)).sqrt(),
+    "sqrt(maximum(x, 0) * maximum(x - 1, 0))": lambda x: (high(x, 0.0) * high(x - 1, 0.0)).sqrt(),
+    "sqrt(minimum(maximum(x, 0), 1))": lambda x: low(high(x, 0.0), 1.0).sqrt(),
+    "sqrt(minimum(maximum(minimum(x, 2), 0), 1))": lambda x: low(
+        high(low(x, 2.0), 0.0), 1.0
+    ).sqrt(),
+    "maximum(sqrt(maximum(x, 0)), 0.5)": lambda x: opened(
+        x, ~(x < 0.25), lambda y: high(high(y, 0.0).sqrt(), 0.5), 0.5
+    ),
+    "maximum(sqrt(x), 0.5)": lambda x: opened(
+        x, ~(x.sqrt() < 0.5), lambda y: high(y.sqrt(), 0.5), 0.5
+    ),
+    "where(x > 1, sqrt(maximum(x - 1, 0)), where(x < 0, sqrt(-x), 0))": lambda x: torch.where(
+        x > 1,
+        opened(x, x > 1, lambda y: high(y - 1, 0.0).sqrt()),
+        opened(x, x < 0, lambda y: (-y).sqrt()),
+    ),
+    "sqrt(where(x > 1, where(x < 2, x - 1, 1), 0))": lambda x: torch.where(
+        x > 1, torch.where(x < 2, x - 1, 1.0), 0.0
+    ).sqrt(),
+    "exp(where(x < 1, x, 0)) * x": lambda x: torch.where(x < 1, x, 0.0).exp() * x,
+    "where(x > 0, maximum(sqrt(x), 0.5), 0)": lambda x: opened(
+        x, x > 0, lambda y: opened(y, ~(y < 0.25), lambda z: high(z.sqrt(), 0.5), 0.5)
+    ),
+    "abs(maximum(x, 0))": lambda x: high(x, 0.0).abs(),
+    "where(minimum(x, 1) < maximum(x, 0), x, sqrt(abs(x)))": lambda x: torch.where(
+        low(x, 1.0) < high(x, 0.0),
+        x,
+        opened(x, ~(low(x, 1.0) < high(x, 0.0)), lambda y: y.abs().sqrt()),
+    ),
+    "maximum(x, 2 * x) + minimum(x, x * x)": lambda x: high(x, 2 * x) + low(x, x * x),
+    "sign(sqrt(maximum(x, 0)))": lambda x: (
+        high(x, 0.0).detach().sqrt().sign() + torch.where(x > 9, x, 0.0)
+    ),
+}
+KINKS = [0.0, -0.0, 1e-30, -1e-30, 1e-3, 0.25, 0.5, 0.999, 1.0, 1.001, 1.5, 2.0, 3.0, -1.0, -2.5]
+ENDS = [math.inf, -math.inf, math.nan]
+ARRIVING = [1.0, -0.5, 0.0, math.inf, -math.inf, math.nan]
+
+
+def check_slopes(
+    table: dict[str, Torch], points: list[float], dtype: torch.dtype, device: str, backend: str
+) -> None:
+    """Slopes at all points, met by all sorts of gradients, against torch's.
+
+    Each expression has a row of its own, and reads a harmless number in all others.
+    """
+    texts = [re.sub(r"\bx\b", f"x{i}", text) for i, text in enumerate(table)]
+    lines = [f"x{i} = where(row == {i}, x, 0.7)\ny{i} = {text}" for i, text in enumerate(texts)]
+    names = [f"y{i}" for i in range(len(texts))]
+    model = nj.NeuronModel(
+        "choices",
+        "\n".join([*lines, "h = v + x"]),
+        state=dict.fromkeys(["v", *names], 0.0),
+        params={"row": 0.0, "p": 0.5},
+    )
+    x = torch.tensor(points, dtype=dtype).repeat_interleave(len(ARRIVING))
+    arriving = torch.tensor(ARRIVING, dtype=dtype).repeat(len(points))
+    rows = x.expand(1, len(texts), -1).to(device).contiguous().requires_grad_()
+    numbers = torch.arange(len(texts), device=device).to(dtype)[:, None]
+    half = torch.tensor(0.5, dtype=dtype, device=device)
+    out = nj.multistep(model, rows, record=names, backend=backend, row=numbers, p=half)
+    weights = torch.zeros(len(texts), *rows.shape, dtype=dtype)
+    for i in range(len(texts)):
+        weights[i, 0, i] = arriving
+    outputs = [out.record[name] for name in names]
+    (slopes,) = torch.autograd.grad(outputs, rows, list(weights.to(device)))
+    for (text, function), slope in zip(table.items(), slopes[0].cpu(), strict=True):
+        leaf = x.clone().requires_grad_()
+        (want,) = torch.autograd.grad(function(leaf), leaf, arriving)
+        bad = ~torch.isclose(slope, want, rtol=2e-6, atol=0.0, equal_nan=True)
+        shown = [t[bad][:5].tolist() for t in (x, arriving, slope, want)]
+        assert not bad.any(), f"{text}: at {shown[0]}, where {shown[1]} arrives: {shown[2:]}"
+
+
+@each_place
+@each_arithmetic
+def test_choices_select_slopes(dtype: torch.dtype, device: str, backend: str) -> None:
+    """Beside and on every kink: a closed branch gives 0, whatever meets it, as in torch."""
+    for some in (slice(0, 9), slice(9, 17), slice(17, None)):  # compilers are slow with many states
+        check_slopes(dict([*CHOICES.items()][some]), KINKS, dtype, device, backend)
+    plain = ("sqrt(x", "1 / x", "sign", "2 * x")  # written by hand above, for finite x
+    table = {k: f for k, f in CHOICES.items() if not any(word in k for word in plain)}
+    check_slopes(table, ENDS, dtype, device, backend)
+
+
+@each_arithmetic
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_quotients_are_those_of_plain_divisions(dtype: torch.dtype, backend: str) -> None:
+    """By infinite, huge, subnormal and zero divisors too: forward bit for bit, and backward."""
+    for what, value, want, slope, want_slope in quotients(dtype, backend):
+        assert_same_bits(value, want, what)
+        tolerance, tiny = 4 * torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+        near = torch.isclose(slope, want_slope, rtol=tolerance, atol=tiny, equal_nan=True)
+        assert near.all(), (what, slope[~near], want_slope[~near])
 
 
 @each_place
@@ -389,6 +513,113 @@ def test_indentation_comments_and_blank_lines_are_free() -> None:
     )
     x = torch.rand(3, 4)
     assert torch.equal(nj.multistep(plain, x).spikes, nj.multistep(free, x).spikes)
+
+
+# --- long and deep expressions -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_a_chain_of_operators_may_be_long(backend: str) -> None:
+    """As long as the text may be, in the written order, with every gradient."""
+    x = (torch.rand(2, 3, generator=torch.Generator().manual_seed(1)) + 0.5).requires_grad_()
+    signs = ["+", "-", "+", "*", "/"]
+    chain = "v" + "".join(f" {signs[i % 3]} x" for i in range(990))
+    product = "x" + "".join(f" {signs[3 + i % 2]} a" for i in range(300))
+    inside = "tanh(" + "x" + " + 0.01" * 300 + ")"
+    for text, loop in ((chain, signs[:3] * 330), (product, signs[3:] * 150), (inside, ["+"] * 300)):
+        model = nj.NeuronModel(
+            "chain", f"h = {text}", state={"v": 0.0}, params={"a": 1.1, "v_threshold": 1e9}
+        )
+        out = nj.multistep(model, x, record="h", backend=backend)
+        a, c = torch.tensor(1.1), torch.tensor(0.01)
+        v, rows = torch.zeros(3), []
+        for now in x:
+            h = v if text is chain else now
+            operand = now if text is chain else a if text is product else c
+            for sign in loop:
+                functions = {"+": torch.add, "-": torch.sub, "*": torch.mul, "/": torch.div}
+                h = functions[sign](h, operand)
+            v = torch.tanh(h) if text is inside else h
+            rows.append(v)
+        want = torch.stack(rows)
+        if text is inside:
+            assert_near(out.record["h"], want, 1e-6, text[:20])
+        else:
+            assert_same_bits(out.record["h"], want.detach(), text[:20])
+        slopes = [torch.autograd.grad(h.sum(), x)[0] for h in (out.record["h"], want)]
+        assert_near(*slopes, 1e-4, f"slope of {text[:20]}")
+
+
+def test_a_long_reset_of_ones_own_may_be_detached() -> None:
+    """`detach_reset` cuts s in all parts of a long assignment to v."""
+    text = "h = v + x\nv = h - s" + " + 0.001 * s - 0.001 * h" * 40
+    model = nj.NeuronModel("own", text, state={"v": 0.0})
+    x = torch.rand(5, 4, dtype=torch.float64).add(0.4).requires_grad_()
+    out = nj.multistep(model, x, detach_reset=True, record="v")
+    v, rows = torch.zeros(4, dtype=torch.float64), []
+    for now in x:
+        h = v + now
+        s = (h >= 1).double().detach()
+        v = h - s
+        for _ in range(40):
+            v = v + 0.001 * s - 0.001 * h
+        rows.append(v)
+    want = torch.stack(rows)
+    assert_near(out.record["v"], want, 1e-12, "v")
+    slopes = [torch.autograd.grad(v.sum(), x)[0] for v in (out.record["v"], want)]
+    assert_near(*slopes, 1e-12, "slope")
+
+
+DEEPEST = {
+    "sums": "x" + " + x" * 999,
+    "functions": "tanh(" * 98 + "x" + ")" * 98,
+    "powers": "x" + "**0.9" * 95,
+    "right": "x - (" * 98 + "x" + ")" * 98,
+    "choices": "maximum(0.1, " * 90 + "x" + ")" * 90,
+    "alternating": "tanh(0.1 + 0.1 * sqrt(" * 24 + "x" + "))" * 24,
+    "wheres": "where(x > 0.1, 0.5 * " * 45 + "x" + ", sqrt(x))" * 45,
+    "chains in chains": "tanh(" * 19 + "x" + (" + 0.01" * 48 + ")") * 19,
+}
+
+
+@pytest.mark.parametrize("shape", DEEPEST)
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_the_largest_blocks_that_are_accepted_work(shape: str, backend: str) -> None:
+    """No recursion of Python's overflows, in a process that stands deep in its stack already."""
+    x = torch.full((1, 3), 0.5, dtype=torch.float64).requires_grad_()
+
+    def deeper(levels: int) -> tuple[Tensor, ...]:
+        if levels:
+            return deeper(levels - 1)
+        model = nj.NeuronModel("deep", f"h = {DEEPEST[shape]}", state={"v": 0.0})
+        out = nj.multistep(model, x, record="h", backend=backend)
+        return out.record["h"], *torch.autograd.grad(out.record["h"].sum(), x)
+
+    value, slope = deeper(200)
+    step = 1e-6
+    text = DEEPEST[shape]
+    places = {"tanh": math.tanh, "sqrt": math.sqrt, "maximum": max}
+    if shape != "wheres" and shape != "sums":
+
+        def f(x: float) -> float:
+            return float(eval(text, {}, {**places, "x": x}))  # noqa: S307 our own text
+
+        near = torch.full_like(value, f(0.5))
+        torch.testing.assert_close(value.detach(), near)
+        rise = (f(0.5 + step) - f(0.5 - step)) / (2 * step)
+        torch.testing.assert_close(slope, torch.full_like(slope, rise), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x" + " + x" * 1001, "tanh(" * 101 + "x" + ")" * 101, "x" + "**x" * 101, "-" * 101 + "x"],
+    ids=["sums", "functions", "powers", "signs"],
+)
+def test_larger_ones_are_refused(text: str) -> None:
+    with pytest.raises(nj.EquationError, match="too large"):
+        nj.NeuronModel("deep", f"h = {text}", state={"v": 0.0})
+    with pytest.raises(nj.EquationError, match="too large"):
+        nj.Surrogate("deep", text.replace("x", "u"))
 
 
 # --- names that mean something in the generated code ---------------------------------------------

@@ -67,6 +67,62 @@ def test_no_gradient_is_asked_for_or_arrives(device: str) -> None:
     assert torch.autograd.grad(loss, [unrelated, x])[1].eq(0).all()
 
 
+SQUARE_ROOTS = """
+z = 0.9 * z + sqrt(x)
+h = v + x
+q = 0.5 * q + w * sqrt(x)
+w = w * b + 0.1 * s
+"""
+
+
+@each_device
+@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize("steps", [1, 2, 9])
+@pytest.mark.parametrize(
+    "arriving",
+    ["s", "v_last", "h_seq", "w_last", "w_seq", "z_last", "z_seq", "q_last", "s+z_last", "q_seq"],
+)
+def test_gradients_flow_along_paths_alone(
+    arriving: str, steps: int, backend: str | None, device: str
+) -> None:
+    """A state that no gradient reaches gives 0, however infinite its slopes are."""
+    states = ("v", "z", "q", "w")
+    model = nj.NeuronModel("roots", SQUARE_ROOTS, state=dict.fromkeys(states, 0.0), params={"b": 1})
+    x = inputs((steps, 13), torch.float64).abs()
+    x[:, ::3] = 0.0
+    b = torch.full((13,), 0.5, dtype=torch.float64)
+    b[1::4] = torch.inf  # an infinite slope that is a parameter
+    slopes = []
+    for place in ("library", "loop"):
+        leaf_x = x.to(device if place == "library" else "cpu").requires_grad_()
+        if place == "library":
+            out = nj.multistep(
+                model, leaf_x, record=(*states, "h"), backend=backend, b=b.to(device),
+                surrogate=nj.surrogates.ATan(spiking=False),
+            )  # fmt: skip
+            outputs = {"s": out.spikes} | {f"{n}_last": t for n, t in out.state.items()}
+            outputs |= {f"{n}_seq": t for n, t in out.record.items()}
+        else:
+            now = {n: torch.zeros(13, dtype=torch.float64) for n in states}
+            seen: dict[str, list[Tensor]] = {n: [] for n in (*states, "h", "s")}
+            for row in leaf_x:
+                z = 0.9 * now["z"] + row.sqrt()
+                h = now["v"] + row
+                s = torch.atan(torch.pi * (h - 1)) / torch.pi + 0.5
+                q = 0.5 * now["q"] + now["w"] * row.sqrt()
+                w = now["w"] * b + 0.1 * s
+                now = {"v": h * (1 - s) + 0.0 * s, "z": z, "q": q, "w": w}
+                for name, value in {**now, "h": h, "s": s}.items():
+                    seen[name].append(value)
+            outputs = {f"{n}_last": t for n, t in now.items()}
+            outputs |= {f"{n}_seq": torch.stack(t) for n, t in seen.items()}
+            outputs["s"] = outputs.pop("s_seq")
+        chosen = [outputs[name] for name in arriving.split("+")]
+        ones = [torch.ones_like(t) for t in chosen]
+        slopes.append(torch.autograd.grad(chosen, leaf_x, ones, materialize_grads=True)[0].cpu())
+    torch.testing.assert_close(*slopes, equal_nan=True, rtol=1e-9, atol=1e-12)
+
+
 # --- gradients that are asked for ----------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import torch
 from support import each_device
 
 import neuronjit as nj
+from neuronjit.derivatives import derivative
 from neuronjit.reference import evaluate
 
 # --- the smooth spike -----------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def by_kernel(surrogate: nj.Surrogate, u: torch.Tensor, backend: Any, device: st
 
 def by_trees(surrogate: nj.Surrogate, u: torch.Tensor) -> Any:
     values = {"u": u, **{name: u.new_tensor(n) for name, n in surrogate.params.items()}}
-    trees = surrogate.primitive_tree, surrogate.smooth_derivative_tree
+    trees = surrogate.primitive_tree, derivative(surrogate.primitive_tree, "u")
     return [evaluate(tree, values, u.new_tensor).expand(u.shape) for tree in trees]
 
 
