@@ -6,10 +6,13 @@ A text becomes a tree of `Node`s; everything else in the library sees only the t
 from __future__ import annotations
 
 import ast
+import io
 import keyword
 import math
 import operator
 import re
+import textwrap
+import tokenize
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -333,6 +336,11 @@ def small_power(node: Node) -> bool:
 
 def plain(text: str) -> list[str]:
     """Equations that were checked, a statement a line, without comments, quotes or backslashes."""
-    lines = text.strip("\n").splitlines()
-    indent = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
-    return ast.unparse(ast.parse("\n".join(line[indent:] for line in lines))).splitlines()
+    lines: list[list[str]] = [[]]
+    dedented = textwrap.dedent(text.expandtabs()).strip("\n")
+    for token in tokenize.generate_tokens(io.StringIO(dedented).readline):
+        if token.type == tokenize.NEWLINE:
+            lines.append([])
+        elif token.type in (tokenize.NAME, tokenize.NUMBER, tokenize.OP):
+            lines[-1].append(token.string)
+    return [" ".join(line) for line in lines if line]

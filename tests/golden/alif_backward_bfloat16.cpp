@@ -37,7 +37,7 @@ struct Args {
 };
 
 // PiecewiseLeakyReLU: ds/du at u = h - theta
-INLINE_ real slope_([[maybe_unused]] const real u, [[maybe_unused]] const real w, [[maybe_unused]] const real c) {
+CALLED_ real slope_([[maybe_unused]] const real u, [[maybe_unused]] const real w, [[maybe_unused]] const real c) {
   return (abs_(u) < w ? ratio_(real(0.5), w) : c);
 }
 
@@ -69,7 +69,7 @@ INLINE_ void step_backward_([[maybe_unused]] const real x, [[maybe_unused]] cons
   const real d_theta_ = -fired_;
   const real d_h_ = after_v_ * (real(1) - s) + fired_;
   zd_v_ = d_h_ * beta;
-  zd_a_ = after_a_ * rho + d_theta_ * beta_a;
+  zd_a_ = only_if_(some_a_, after_a_ * rho) + d_theta_ * beta_a;
   xd_ = d_h_;
 }
 

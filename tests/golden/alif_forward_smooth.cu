@@ -34,7 +34,7 @@ struct Args {
 };
 
 // ATan: the smooth spike at u = h - theta
-INLINE_ real smooth_spike_([[maybe_unused]] const real u, [[maybe_unused]] const real alpha) {
+CALLED_ real smooth_spike_([[maybe_unused]] const real u, [[maybe_unused]] const real alpha) {
   return atan_(real(0.5) * real(3.141592653589793) * alpha * u) / real(3.141592653589793) + real(0.5);
 }
 

@@ -36,15 +36,15 @@ struct Args {
 };
 
 // ATan: ds/du at u = h - theta
-INLINE_ real slope_([[maybe_unused]] const real u, [[maybe_unused]] const real alpha) {
+CALLED_ real slope_([[maybe_unused]] const real u, [[maybe_unused]] const real alpha) {
   return ratio_(real(0.5) * alpha, real(1) + pow2_(real(0.5) * real(3.141592653589793) * alpha * u));
 }
 
 // One step of one neuron: charge, fire, reset.
-INLINE_ void step_([[maybe_unused]] const real x, real& z_v_, real& s_, real& h_, [[maybe_unused]] const real tau, [[maybe_unused]] const real delta_T, [[maybe_unused]] const real theta_rh, [[maybe_unused]] const real v_rest, [[maybe_unused]] const real v_reset, [[maybe_unused]] const real v_threshold, [[maybe_unused]] const real r_tau_, [[maybe_unused]] const real r_delta_T_) {
+INLINE_ void step_([[maybe_unused]] const real x, real& z_v_, real& s_, real& h_, [[maybe_unused]] const real tau, [[maybe_unused]] const real delta_T, [[maybe_unused]] const real theta_rh, [[maybe_unused]] const real v_rest, [[maybe_unused]] const real v_reset, [[maybe_unused]] const real v_threshold, [[maybe_unused]] const Divisor_<real>& r_tau_, [[maybe_unused]] const Divisor_<real>& r_delta_T_) {
   const real v = z_v_;
   const real theta = v_threshold;
-  const real h = v + divide_(x - (v - v_rest) + delta_T * exp_(divide_(v - theta_rh, delta_T, r_delta_T_)), tau, r_tau_);
+  const real h = fma_(divide_(x - (v - v_rest) + delta_T * exp_(divide_(v - theta_rh, r_delta_T_) * r_delta_T_.scale), r_tau_), r_tau_.scale, v);
   const real s = h >= theta ? real(1) : real(0);
   const real new_v_ = h * (real(1) - s) + v_reset * s;
   z_v_ = new_v_;
@@ -54,18 +54,18 @@ INLINE_ void step_([[maybe_unused]] const real x, real& z_v_, real& s_, real& h_
 
 // The step again, then its adjoint, last statement first. On entry zd_*_ are the gradients of the states after
 // the step, on return of those before it; pd_*_ add up those of learned parameters.
-INLINE_ void step_backward_([[maybe_unused]] const real x, [[maybe_unused]] const real v, real& zd_v_, [[maybe_unused]] const bool some_v_, [[maybe_unused]] const real sd_, [[maybe_unused]] const real hd_, real& xd_, real& pd_tau_, real& pd_delta_T_, [[maybe_unused]] const real tau, [[maybe_unused]] const real delta_T, [[maybe_unused]] const real theta_rh, [[maybe_unused]] const real v_rest, [[maybe_unused]] const real v_reset, [[maybe_unused]] const real v_threshold, [[maybe_unused]] const real r_tau_, [[maybe_unused]] const real r_delta_T_, [[maybe_unused]] const real sg_alpha_) {
+INLINE_ void step_backward_([[maybe_unused]] const real x, [[maybe_unused]] const real v, real& zd_v_, [[maybe_unused]] const bool some_v_, [[maybe_unused]] const real sd_, [[maybe_unused]] const real hd_, real& xd_, real& pd_tau_, real& pd_delta_T_, [[maybe_unused]] const real tau, [[maybe_unused]] const real delta_T, [[maybe_unused]] const real theta_rh, [[maybe_unused]] const real v_rest, [[maybe_unused]] const real v_reset, [[maybe_unused]] const real v_threshold, [[maybe_unused]] const Divisor_<real>& r_tau_, [[maybe_unused]] const Divisor_<real>& r_delta_T_, [[maybe_unused]] const real sg_alpha_) {
   const real theta = v_threshold;
-  const real h = v + divide_(x - (v - v_rest) + delta_T * exp_(divide_(v - theta_rh, delta_T, r_delta_T_)), tau, r_tau_);
+  const real h = fma_(divide_(x - (v - v_rest) + delta_T * exp_(divide_(v - theta_rh, r_delta_T_) * r_delta_T_.scale), r_tau_), r_tau_.scale, v);
   const real s = h >= theta ? real(1) : real(0);
   const real after_v_ = zd_v_;
   const real d_s_ = sd_ + only_if_(some_v_, after_v_ * (-h + v_reset));
   const real fired_ = d_s_ * slope_(h - theta, sg_alpha_);
   const real d_h_ = after_v_ * (real(1) - s) + fired_;
-  zd_v_ = d_h_ * (real(1) + (real(-1.0) + delta_T * (exp_(divide_(v - theta_rh, delta_T, r_delta_T_)) * r_delta_T_)) * r_tau_);
-  xd_ = d_h_ * r_tau_;
-  pd_tau_ += -(d_h_ * ((x - (v - v_rest) + delta_T * exp_(divide_(v - theta_rh, delta_T, r_delta_T_))) * r_tau_ * r_tau_));
-  pd_delta_T_ += d_h_ * ((exp_(divide_(v - theta_rh, delta_T, r_delta_T_)) - delta_T * (exp_(divide_(v - theta_rh, delta_T, r_delta_T_)) * ((v - theta_rh) * r_delta_T_ * r_delta_T_))) * r_tau_);
+  zd_v_ = d_h_ * (real(1) + (real(-1.0) + delta_T * (exp_(divide_(v - theta_rh, r_delta_T_) * r_delta_T_.scale) * r_delta_T_.r * r_delta_T_.scale)) * r_tau_.r * r_tau_.scale);
+  xd_ = d_h_ * r_tau_.r * r_tau_.scale;
+  pd_tau_ += -(d_h_ * ((x - (v - v_rest) + delta_T * exp_(divide_(v - theta_rh, r_delta_T_) * r_delta_T_.scale)) * r_tau_.r * r_tau_.scale * r_tau_.r * r_tau_.scale));
+  pd_delta_T_ += d_h_ * ((exp_(divide_(v - theta_rh, r_delta_T_) * r_delta_T_.scale) - delta_T * (exp_(divide_(v - theta_rh, r_delta_T_) * r_delta_T_.scale) * ((v - theta_rh) * r_delta_T_.r * r_delta_T_.scale * r_delta_T_.r * r_delta_T_.scale))) * r_tau_.r * r_tau_.scale);
 }
 
 // All T steps of the neurons first_ .. first_ + LANES - 1, of which valid_ exist.
@@ -79,9 +79,9 @@ INLINE_ void neurons_(const Args& a_, const long long first_, [[maybe_unused]] c
   const real p_v_rest_ = a_.v_rest_ptr_ ? *a_.v_rest_ptr_ : a_.v_rest_value_;
   const real p_v_reset_ = a_.v_reset_ptr_ ? *a_.v_reset_ptr_ : a_.v_reset_value_;
   const real p_v_threshold_ = a_.v_threshold_ptr_ ? *a_.v_threshold_ptr_ : a_.v_threshold_value_;
-  real r_tau_[LANES];
-  FOR_LANES_ { r_tau_[l_] = real(1) / p_tau_[l_]; }
-  const real r_delta_T_ = real(1) / p_delta_T_;
+  Divisor_<real> r_tau_[LANES];
+  FOR_LANES_ { r_tau_[l_] = divisor_(p_tau_[l_]); }
+  const Divisor_<real> r_delta_T_ = divisor_(p_delta_T_);
   real z_v_[LANES];
   real zd_v_[LANES];  // gradient of v
   load_state(zd_v_, a_.v_dlast_, first_, valid_, real(0));

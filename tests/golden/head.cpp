@@ -1,6 +1,7 @@
 // The names that the kernels below use, for a host C++17 compiler: LANES neurons are one vectorised inner loop.
 // No header is included: compilers take longer to read <cmath> than to compile a kernel.
 #define INLINE_ static inline __attribute__((always_inline))
+#define CALLED_ INLINE_
 #define UNROLL_
 #define LOADS_ISSUED_
 #if defined(__clang__)
@@ -138,6 +139,7 @@ INLINE_ float sin_(float a) { return __builtin_sinf(a); }
 INLINE_ float cos_(float a) { return __builtin_cosf(a); }
 INLINE_ float atan_(float a) { return __builtin_atanf(a); }
 INLINE_ float erf_(float a) { return __builtin_erff(a); }
+INLINE_ float erfc_(float a) { return __builtin_erfcf(a); }
 INLINE_ float abs_(float a) { return __builtin_fabsf(a); }
 INLINE_ float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 INLINE_ float ratio_(float a, float b) { return a / b; }
@@ -150,6 +152,7 @@ INLINE_ double sin_(double a) { return __builtin_sin(a); }
 INLINE_ double cos_(double a) { return __builtin_cos(a); }
 INLINE_ double atan_(double a) { return __builtin_atan(a); }
 INLINE_ double erf_(double a) { return __builtin_erf(a); }
+INLINE_ double erfc_(double a) { return __builtin_erfc(a); }
 INLINE_ double abs_(double a) { return __builtin_fabs(a); }
 INLINE_ double fma_(double a, double b, double c) { return __builtin_fma(a, b, c); }
 INLINE_ double ratio_(double a, double b) { return a / b; }
@@ -157,7 +160,6 @@ INLINE_ bool finite_quotient_(double q, double, double) { return q - q == 0; }
 INLINE_ double pow_(double a, double b) { return __builtin_pow(a, b); }
 INLINE_ double exp_(double a) { return __builtin_exp(a); }
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-#define HAS_FMA_
 #define MULTIPLY_ADD_(a, b, c) fma_(a, b, c)
 #else
 #define MULTIPLY_ADD_(a, b, c) ((a) * (b) + (c))
@@ -178,18 +180,29 @@ INLINE_ float exp_(float a) {
   const int i = (int)n, half = i >> 1;
   return a == a ? p * as_float((uint32)(half + 127) << 23) * as_float((uint32)(i - half + 127) << 23) : a;
 }
-// a / b, correctly rounded, with r = 1 / b kept by the thread (Markstein 1990, IBM J. Res. Dev. 34(1)): the remainder
-// of the first guess is exact. An infinite guess stays, where the remainder would be NaN. The fma is meant; it is no
-// contraction. Quotients next to the smallest normal number and to the greatest may lose their last bit.
-template <typename R> INLINE_ R divide_(R a, R b, R r) {
-#if defined(HAS_FMA_)
-  const R q = a * r;
-  const R refined = fma_(r, fma_(-q, b, a), q);
-  return finite_quotient_(q, a, b) ? refined : q;
-#else
-  (void)r;
-  return a / b;
-#endif
+// What a thread keeps of a divisor b. Where b or 1 / b is no normal number, or close to being none, b is scaled by a
+// power of two and so is the quotient; everywhere else the scale is 1.
+template <typename R> struct Divisor_ {
+  R scaled;   // b * scale; 0 if that is infinite: the remainder of a quotient of 0 is then no NaN
+  R r;        // 1 / (b * scale)
+  R scale;
+  R inverse;  // 1 / b, for gradients; finite unless b is 0: no gradient must stay none
+};
+template <typename R> INLINE_ Divisor_<R> divisor_(R b, R large, R greatest) {
+  const R size = abs_(b), scale = size < R(1) / large ? large : (size > large ? R(1) / large : R(1));
+  const R scaled = b * scale, r = R(1) / scaled, inverse = r * scale;
+  const bool over = size > R(0) && abs_(inverse) > greatest;
+  return {scaled - scaled == R(0) ? scaled : R(0), r, scale, over ? (b < R(0) ? -greatest : greatest) : inverse};
+}
+INLINE_ Divisor_<float> divisor_(float b) { return divisor_(b, 0x1p100f, 0x1.fffffep127f); }
+INLINE_ Divisor_<double> divisor_(double b) { return divisor_(b, 0x1p900, 0x1.fffffffffffffp1023); }
+// a / (b * scale), correctly rounded (Markstein 1990, IBM J. Res. Dev. 34(1)): the remainder of the first guess is
+// exact. An infinite guess stays, where the remainder would be NaN. The fma is meant; it is no contraction. Quotients
+// next to the smallest normal number and to the greatest may lose their last bit.
+template <typename R> INLINE_ R divide_(R a, const Divisor_<R>& d) {
+  const R q = a * d.r;
+  const R refined = fma_(d.r, fma_(-q, d.scaled, a), q);
+  return finite_quotient_(q, a, d.scaled) ? refined : q;
 }
 template <typename R> INLINE_ R pow2_(R a) { return a * a; }
 template <typename R> INLINE_ R pow3_(R a) { return a * a * a; }

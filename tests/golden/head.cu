@@ -1,5 +1,10 @@
 // The names that the kernels below use, for CUDA (NVRTC, no headers needed): one thread handles LANES neurons.
 #define INLINE_ __device__ __forceinline__
+#if defined(LARGE_)  // many calls of what is a page of code each: compiling them in line takes minutes
+#define CALLED_ static __device__ __noinline__
+#else
+#define CALLED_ INLINE_
+#endif
 #define UNROLL_ _Pragma("unroll")
 #define LOADS_ISSUED_ asm volatile("" ::: "memory");  // the compiler may not move loads down past this
 #define FOR_LANES_ _Pragma("unroll") for (int l_ = 0; l_ < LANES; ++l_)
@@ -107,26 +112,28 @@ template <typename R> INLINE_ R block_sum(R a) {
     }                                                                                                        \
   }
 
-INLINE_ float exp_(float a) { return expf(a); }
-INLINE_ float log_(float a) { return logf(a); }
-INLINE_ float sqrt_(float a) { return sqrtf(a); }
-INLINE_ float tanh_(float a) { return tanhf(a); }
-INLINE_ float sin_(float a) { return sinf(a); }
-INLINE_ float cos_(float a) { return cosf(a); }
-INLINE_ float atan_(float a) { return atanf(a); }
-INLINE_ float erf_(float a) { return erff(a); }
-INLINE_ float pow_(float a, float b) { return powf(a, b); }
+CALLED_ float exp_(float a) { return expf(a); }
+CALLED_ float log_(float a) { return logf(a); }
+CALLED_ float sqrt_(float a) { return sqrtf(a); }
+CALLED_ float tanh_(float a) { return tanhf(a); }
+CALLED_ float sin_(float a) { return sinf(a); }
+CALLED_ float cos_(float a) { return cosf(a); }
+CALLED_ float atan_(float a) { return atanf(a); }
+CALLED_ float erf_(float a) { return erff(a); }
+CALLED_ float erfc_(float a) { return erfcf(a); }
+CALLED_ float pow_(float a, float b) { return powf(a, b); }
 INLINE_ float abs_(float a) { return fabsf(a); }
 INLINE_ float fma_(float a, float b, float c) { return fmaf(a, b, c); }
-INLINE_ double exp_(double a) { return exp(a); }
-INLINE_ double log_(double a) { return log(a); }
-INLINE_ double sqrt_(double a) { return sqrt(a); }
-INLINE_ double tanh_(double a) { return tanh(a); }
-INLINE_ double sin_(double a) { return sin(a); }
-INLINE_ double cos_(double a) { return cos(a); }
-INLINE_ double atan_(double a) { return atan(a); }
-INLINE_ double erf_(double a) { return erf(a); }
-INLINE_ double pow_(double a, double b) { return pow(a, b); }
+CALLED_ double exp_(double a) { return exp(a); }
+CALLED_ double log_(double a) { return log(a); }
+CALLED_ double sqrt_(double a) { return sqrt(a); }
+CALLED_ double tanh_(double a) { return tanh(a); }
+CALLED_ double sin_(double a) { return sin(a); }
+CALLED_ double cos_(double a) { return cos(a); }
+CALLED_ double atan_(double a) { return atan(a); }
+CALLED_ double erf_(double a) { return erf(a); }
+CALLED_ double erfc_(double a) { return erfc(a); }
+CALLED_ double pow_(double a, double b) { return pow(a, b); }
 INLINE_ double abs_(double a) { return fabs(a); }
 INLINE_ double fma_(double a, double b, double c) { return fma(a, b, c); }
 INLINE_ float ratio_(float a, float b) {  // of gradients
@@ -139,22 +146,32 @@ INLINE_ double ratio_(double a, double b) { return a / b; }
 INLINE_ bool finite_quotient_(float, float a, float b) {
   float most;
   asm("mul.ftz.f32 %0, %1, %2;" : "=f"(most) : "f"(fminf(abs_(b), 1.0f)), "f"(3.4028e38f));
-  return abs_(a) <= most;
+  return abs_(a) <= (abs_(b) < 1.0f ? most : 0x1.fffffep127f);
 }
 INLINE_ bool finite_quotient_(double q, double, double) { return q - q == 0; }
-#define HAS_FMA_
-// a / b, correctly rounded, with r = 1 / b kept by the thread (Markstein 1990, IBM J. Res. Dev. 34(1)): the remainder
-// of the first guess is exact. An infinite guess stays, where the remainder would be NaN. The fma is meant; it is no
-// contraction. Quotients next to the smallest normal number and to the greatest may lose their last bit.
-template <typename R> INLINE_ R divide_(R a, R b, R r) {
-#if defined(HAS_FMA_)
-  const R q = a * r;
-  const R refined = fma_(r, fma_(-q, b, a), q);
-  return finite_quotient_(q, a, b) ? refined : q;
-#else
-  (void)r;
-  return a / b;
-#endif
+// What a thread keeps of a divisor b. Where b or 1 / b is no normal number, or close to being none, b is scaled by a
+// power of two and so is the quotient; everywhere else the scale is 1.
+template <typename R> struct Divisor_ {
+  R scaled;   // b * scale; 0 if that is infinite: the remainder of a quotient of 0 is then no NaN
+  R r;        // 1 / (b * scale)
+  R scale;
+  R inverse;  // 1 / b, for gradients; finite unless b is 0: no gradient must stay none
+};
+template <typename R> INLINE_ Divisor_<R> divisor_(R b, R large, R greatest) {
+  const R size = abs_(b), scale = size < R(1) / large ? large : (size > large ? R(1) / large : R(1));
+  const R scaled = b * scale, r = R(1) / scaled, inverse = r * scale;
+  const bool over = size > R(0) && abs_(inverse) > greatest;
+  return {scaled - scaled == R(0) ? scaled : R(0), r, scale, over ? (b < R(0) ? -greatest : greatest) : inverse};
+}
+INLINE_ Divisor_<float> divisor_(float b) { return divisor_(b, 0x1p100f, 0x1.fffffep127f); }
+INLINE_ Divisor_<double> divisor_(double b) { return divisor_(b, 0x1p900, 0x1.fffffffffffffp1023); }
+// a / (b * scale), correctly rounded (Markstein 1990, IBM J. Res. Dev. 34(1)): the remainder of the first guess is
+// exact. An infinite guess stays, where the remainder would be NaN. The fma is meant; it is no contraction. Quotients
+// next to the smallest normal number and to the greatest may lose their last bit.
+template <typename R> INLINE_ R divide_(R a, const Divisor_<R>& d) {
+  const R q = a * d.r;
+  const R refined = fma_(d.r, fma_(-q, d.scaled, a), q);
+  return finite_quotient_(q, a, d.scaled) ? refined : q;
 }
 template <typename R> INLINE_ R pow2_(R a) { return a * a; }
 template <typename R> INLINE_ R pow3_(R a) { return a * a * a; }

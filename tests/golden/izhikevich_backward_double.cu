@@ -44,19 +44,19 @@ struct Args {
 };
 
 // ATan: ds/du at u = h - theta
-INLINE_ real slope_([[maybe_unused]] const real u, [[maybe_unused]] const real alpha) {
+CALLED_ real slope_([[maybe_unused]] const real u, [[maybe_unused]] const real alpha) {
   return ratio_(real(0.5) * alpha, real(1) + pow2_(real(0.5) * real(3.141592653589793) * alpha * u));
 }
 
 // One step of one neuron: charge, fire, reset.
-INLINE_ void step_([[maybe_unused]] const real x, real& z_v_, real& z_w_, real& s_, real& h_, [[maybe_unused]] const real tau, [[maybe_unused]] const real v_c, [[maybe_unused]] const real a0, [[maybe_unused]] const real v_rest, [[maybe_unused]] const real tau_w, [[maybe_unused]] const real a, [[maybe_unused]] const real b, [[maybe_unused]] const real v_threshold, [[maybe_unused]] const real v_reset, [[maybe_unused]] const real r_tau_, [[maybe_unused]] const real r_tau_w_) {
+INLINE_ void step_([[maybe_unused]] const real x, real& z_v_, real& z_w_, real& s_, real& h_, [[maybe_unused]] const real tau, [[maybe_unused]] const real v_c, [[maybe_unused]] const real a0, [[maybe_unused]] const real v_rest, [[maybe_unused]] const real tau_w, [[maybe_unused]] const real a, [[maybe_unused]] const real b, [[maybe_unused]] const real v_threshold, [[maybe_unused]] const real v_reset, [[maybe_unused]] const Divisor_<real>& r_tau_, [[maybe_unused]] const Divisor_<real>& r_tau_w_) {
   const real v = z_v_;
   const real w = z_w_;
   const real theta = v_threshold;
-  const real h = v + divide_(x + a0 * (v - v_rest) * (v - v_c) - w, tau, r_tau_);
+  const real h = fma_(divide_(x + a0 * (v - v_rest) * (v - v_c) - w, r_tau_), r_tau_.scale, v);
   const real s = h >= theta ? real(1) : real(0);
   const real new_v_ = h * (real(1) - s) + v_reset * s;
-  const real new_w_ = w + divide_(a * (h - v_rest) - w, tau_w, r_tau_w_) + b * s;
+  const real new_w_ = fma_(divide_(a * (h - v_rest) - w, r_tau_w_), r_tau_w_.scale, w) + b * s;
   z_v_ = new_v_;
   z_w_ = new_w_;
   s_ = s;
@@ -65,18 +65,18 @@ INLINE_ void step_([[maybe_unused]] const real x, real& z_v_, real& z_w_, real& 
 
 // The step again, then its adjoint, last statement first. On entry zd_*_ are the gradients of the states after
 // the step, on return of those before it; pd_*_ add up those of learned parameters.
-INLINE_ void step_backward_([[maybe_unused]] const real x, [[maybe_unused]] const real v, [[maybe_unused]] const real w, real& zd_v_, [[maybe_unused]] const bool some_v_, real& zd_w_, [[maybe_unused]] const bool some_w_, [[maybe_unused]] const real sd_, [[maybe_unused]] const real hd_, real& xd_, [[maybe_unused]] const real tau, [[maybe_unused]] const real v_c, [[maybe_unused]] const real a0, [[maybe_unused]] const real v_rest, [[maybe_unused]] const real tau_w, [[maybe_unused]] const real a, [[maybe_unused]] const real b, [[maybe_unused]] const real v_threshold, [[maybe_unused]] const real v_reset, [[maybe_unused]] const real r_tau_, [[maybe_unused]] const real r_tau_w_, [[maybe_unused]] const real sg_alpha_) {
+INLINE_ void step_backward_([[maybe_unused]] const real x, [[maybe_unused]] const real v, [[maybe_unused]] const real w, real& zd_v_, [[maybe_unused]] const bool some_v_, real& zd_w_, [[maybe_unused]] const bool some_w_, [[maybe_unused]] const real sd_, [[maybe_unused]] const real hd_, real& xd_, [[maybe_unused]] const real tau, [[maybe_unused]] const real v_c, [[maybe_unused]] const real a0, [[maybe_unused]] const real v_rest, [[maybe_unused]] const real tau_w, [[maybe_unused]] const real a, [[maybe_unused]] const real b, [[maybe_unused]] const real v_threshold, [[maybe_unused]] const real v_reset, [[maybe_unused]] const Divisor_<real>& r_tau_, [[maybe_unused]] const Divisor_<real>& r_tau_w_, [[maybe_unused]] const real sg_alpha_) {
   const real theta = v_threshold;
-  const real h = v + divide_(x + a0 * (v - v_rest) * (v - v_c) - w, tau, r_tau_);
+  const real h = fma_(divide_(x + a0 * (v - v_rest) * (v - v_c) - w, r_tau_), r_tau_.scale, v);
   const real s = h >= theta ? real(1) : real(0);
   const real after_v_ = zd_v_;
   const real after_w_ = zd_w_;
-  const real d_s_ = sd_ + after_w_ * b + only_if_(some_v_, after_v_ * (-h + v_reset));
+  const real d_s_ = sd_ + only_if_(some_w_, after_w_ * b) + only_if_(some_v_, after_v_ * (-h + v_reset));
   const real fired_ = d_s_ * slope_(h - theta, sg_alpha_);
-  const real d_h_ = after_w_ * (a * r_tau_w_) + after_v_ * (real(1) - s) + fired_;
-  zd_v_ = d_h_ * (real(1) + ((v - v_c) * a0 + a0 * (v - v_rest)) * r_tau_);
-  zd_w_ = after_w_ * (real(1) - r_tau_w_) - d_h_ * r_tau_;
-  xd_ = d_h_ * r_tau_;
+  const real d_h_ = only_if_(some_w_, after_w_ * (a * r_tau_w_.r * r_tau_w_.scale)) + after_v_ * (real(1) - s) + fired_;
+  zd_v_ = d_h_ * (real(1) + ((v - v_c) * a0 + a0 * (v - v_rest)) * r_tau_.r * r_tau_.scale);
+  zd_w_ = only_if_(some_w_, after_w_ * (real(1) - r_tau_w_.inverse)) - d_h_ * r_tau_.r * r_tau_.scale;
+  xd_ = d_h_ * r_tau_.r * r_tau_.scale;
 }
 
 // All T steps of the neurons first_ .. first_ + LANES - 1, of which valid_ exist.
@@ -92,8 +92,8 @@ INLINE_ void neurons_(const Args& a_, const long long first_, [[maybe_unused]] c
   const real p_b_ = a_.b_ptr_ ? *a_.b_ptr_ : a_.b_value_;
   const real p_v_threshold_ = a_.v_threshold_ptr_ ? *a_.v_threshold_ptr_ : a_.v_threshold_value_;
   const real p_v_reset_ = a_.v_reset_ptr_ ? *a_.v_reset_ptr_ : a_.v_reset_value_;
-  const real r_tau_ = real(1) / p_tau_;
-  const real r_tau_w_ = real(1) / p_tau_w_;
+  const Divisor_<real> r_tau_ = divisor_(p_tau_);
+  const Divisor_<real> r_tau_w_ = divisor_(p_tau_w_);
   real z_v_[LANES];
   real z_w_[LANES];
   real zd_v_[LANES];  // gradient of v

@@ -26,10 +26,10 @@ struct Args {
 };
 
 // One step of one neuron: charge, fire, reset.
-INLINE_ void step_([[maybe_unused]] const real x, real& z_v_, real& s_, real& h_, [[maybe_unused]] const real tau, [[maybe_unused]] const real v_threshold, [[maybe_unused]] const real v_reset, [[maybe_unused]] const real r_tau_) {
+INLINE_ void step_([[maybe_unused]] const real x, real& z_v_, real& s_, real& h_, [[maybe_unused]] const real tau, [[maybe_unused]] const real v_threshold, [[maybe_unused]] const real v_reset, [[maybe_unused]] const Divisor_<real>& r_tau_) {
   const real v = z_v_;
   const real theta = v_threshold;
-  const real h = v + divide_(x - (v - v_reset), tau, r_tau_);
+  const real h = fma_(divide_(x - (v - v_reset), r_tau_), r_tau_.scale, v);
   const real s = h >= theta ? real(1) : real(0);
   const real new_v_ = h * (real(1) - s) + v_reset * s;
   z_v_ = new_v_;
@@ -44,7 +44,7 @@ INLINE_ void neurons_(const Args& a_, const long long first_, [[maybe_unused]] c
   const real p_tau_ = a_.tau_ptr_ ? *a_.tau_ptr_ : a_.tau_value_;
   const real p_v_threshold_ = a_.v_threshold_ptr_ ? *a_.v_threshold_ptr_ : a_.v_threshold_value_;
   const real p_v_reset_ = a_.v_reset_ptr_ ? *a_.v_reset_ptr_ : a_.v_reset_value_;
-  const real r_tau_ = real(1) / p_tau_;
+  const Divisor_<real> r_tau_ = divisor_(p_tau_);
   real z_v_[LANES];
   load_state(z_v_, a_.v_ptr_, first_, valid_, a_.v_value_);
 

@@ -40,7 +40,7 @@ struct Args {
 };
 
 // ATan: ds/du at u = h - theta
-INLINE_ real slope_([[maybe_unused]] const real u, [[maybe_unused]] const real alpha) {
+CALLED_ real slope_([[maybe_unused]] const real u, [[maybe_unused]] const real alpha) {
   return ratio_(real(0.5) * alpha, real(1) + pow2_(real(0.5) * real(3.141592653589793) * alpha * u));
 }
 
@@ -80,7 +80,7 @@ INLINE_ void step_backward_([[maybe_unused]] const real x, [[maybe_unused]] cons
   const real dnew_i_ = after_i_ + d_h_;
   zd_v_ = d_h_ * beta;
   zd_i_ = dnew_i_ * alpha;
-  zd_a_ = dnew_a_ * rho;
+  zd_a_ = only_if_(some_v_ || some_a_, dnew_a_ * rho);
   xd_ = dnew_i_;
 }
 
@@ -150,9 +150,10 @@ INLINE_ void neurons_(const Args& a_, const long long first_, [[maybe_unused]] c
           step_backward_(now_x_[l_], zin_v_[k_][l_], zin_i_[k_][l_], zin_a_[k_][l_], zd_v_[l_], some_v_, zd_i_[l_], some_i_, zd_a_[l_], some_a_, now_s_[l_], real(0), xd_, p_alpha_, p_beta_, p_rho_, p_v_threshold_, p_v_reset_, a_.alpha_sg_);
           out_x_[l_] = xd_;
         }
+        const bool before_a_ = some_v_ || some_a_;
         some_v_ = true;
         some_i_ = true;
-        some_a_ = true;
+        some_a_ = before_a_;
         if (a_.x_grad_) { store_reals(a_.x_grad_ + first_ + (t_ + k_) * N_, out_x_, valid_); }
       }
     }

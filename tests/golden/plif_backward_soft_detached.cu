@@ -28,7 +28,7 @@ struct Args {
 };
 
 // Sigmoid: ds/du at u = h - theta
-INLINE_ real slope_([[maybe_unused]] const real u, [[maybe_unused]] const real alpha) {
+CALLED_ real slope_([[maybe_unused]] const real u, [[maybe_unused]] const real alpha) {
   return alpha * sigmoid_(alpha * u) * (real(1) - sigmoid_(alpha * u));
 }
 

@@ -34,15 +34,15 @@ struct Args {
 };
 
 // Erf: ds/du at u = h - theta
-INLINE_ real slope_([[maybe_unused]] const real u, [[maybe_unused]] const real alpha) {
+CALLED_ real slope_([[maybe_unused]] const real u, [[maybe_unused]] const real alpha) {
   return ratio_(alpha, sqrt_(real(3.141592653589793))) * exp_(-pow2_(alpha * u));
 }
 
 // One step of one neuron: charge, fire, reset.
-INLINE_ void step_([[maybe_unused]] const real x, real& z_v_, real& s_, real& h_, [[maybe_unused]] const real tau, [[maybe_unused]] const real v_c, [[maybe_unused]] const real a0, [[maybe_unused]] const real v_rest, [[maybe_unused]] const real v_reset, [[maybe_unused]] const real v_threshold, [[maybe_unused]] const real r_tau_) {
+INLINE_ void step_([[maybe_unused]] const real x, real& z_v_, real& s_, real& h_, [[maybe_unused]] const real tau, [[maybe_unused]] const real v_c, [[maybe_unused]] const real a0, [[maybe_unused]] const real v_rest, [[maybe_unused]] const real v_reset, [[maybe_unused]] const real v_threshold) {
   const real v = z_v_;
   const real theta = v_threshold;
-  const real h = v + divide_(x + a0 * (v - v_rest) * (v - v_c), tau, r_tau_);
+  const real h = v + (x + a0 * (v - v_rest) * (v - v_c)) / tau;
   const real s = h >= theta ? real(1) : real(0);
   const real new_v_ = h - s * theta;
   z_v_ = new_v_;
@@ -52,17 +52,17 @@ INLINE_ void step_([[maybe_unused]] const real x, real& z_v_, real& s_, real& h_
 
 // The step again, then its adjoint, last statement first. On entry zd_*_ are the gradients of the states after
 // the step, on return of those before it; pd_*_ add up those of learned parameters.
-INLINE_ void step_backward_([[maybe_unused]] const real x, [[maybe_unused]] const real v, real& zd_v_, [[maybe_unused]] const bool some_v_, [[maybe_unused]] const real sd_, [[maybe_unused]] const real hd_, real& xd_, real& pd_v_c_, real& pd_a0_, [[maybe_unused]] const real tau, [[maybe_unused]] const real v_c, [[maybe_unused]] const real a0, [[maybe_unused]] const real v_rest, [[maybe_unused]] const real v_reset, [[maybe_unused]] const real v_threshold, [[maybe_unused]] const real r_tau_, [[maybe_unused]] const real sg_alpha_) {
+INLINE_ void step_backward_([[maybe_unused]] const real x, [[maybe_unused]] const real v, real& zd_v_, [[maybe_unused]] const bool some_v_, [[maybe_unused]] const real sd_, [[maybe_unused]] const real hd_, real& xd_, real& pd_v_c_, real& pd_a0_, [[maybe_unused]] const real tau, [[maybe_unused]] const real v_c, [[maybe_unused]] const real a0, [[maybe_unused]] const real v_rest, [[maybe_unused]] const real v_reset, [[maybe_unused]] const real v_threshold, [[maybe_unused]] const real sg_alpha_) {
   const real theta = v_threshold;
-  const real h = v + divide_(x + a0 * (v - v_rest) * (v - v_c), tau, r_tau_);
+  const real h = v + (x + a0 * (v - v_rest) * (v - v_c)) / tau;
   const real after_v_ = zd_v_;
   const real d_s_ = sd_ + only_if_(some_v_, -(after_v_ * theta));
   const real fired_ = d_s_ * slope_(h - theta, sg_alpha_);
   const real d_h_ = after_v_ + fired_;
-  zd_v_ = d_h_ * (real(1) + ((v - v_c) * a0 + a0 * (v - v_rest)) * r_tau_);
-  xd_ = d_h_ * r_tau_;
-  pd_v_c_ += -(d_h_ * (a0 * (v - v_rest) * r_tau_));
-  pd_a0_ += d_h_ * ((v - v_c) * (v - v_rest) * r_tau_);
+  zd_v_ = d_h_ * (real(1) + ratio_((v - v_c) * a0 + a0 * (v - v_rest), tau));
+  xd_ = ratio_(d_h_, tau);
+  pd_v_c_ += -(d_h_ * ratio_(a0 * (v - v_rest), tau));
+  pd_a0_ += d_h_ * ratio_((v - v_c) * (v - v_rest), tau);
 }
 
 // All T steps of the neurons first_ .. first_ + LANES - 1, of which valid_ exist.
@@ -75,7 +75,6 @@ INLINE_ void neurons_(const Args& a_, const long long first_, [[maybe_unused]] c
   const real p_v_rest_ = a_.v_rest_ptr_ ? *a_.v_rest_ptr_ : a_.v_rest_value_;
   const real p_v_reset_ = a_.v_reset_ptr_ ? *a_.v_reset_ptr_ : a_.v_reset_value_;
   const real p_v_threshold_ = a_.v_threshold_ptr_ ? *a_.v_threshold_ptr_ : a_.v_threshold_value_;
-  const real r_tau_ = real(1) / p_tau_;
   real z_v_[LANES];
   real zd_v_[LANES];  // gradient of v
   load_state(zd_v_, a_.v_dlast_, first_, valid_, real(0));
@@ -103,7 +102,7 @@ INLINE_ void neurons_(const Args& a_, const long long first_, [[maybe_unused]] c
         FOR_LANES_ {
           zin_v_[k_][l_] = z_v_[l_];
           real spike_, charged_;
-          step_(now_x_[l_], z_v_[l_], spike_, charged_, p_tau_, p_v_c_, p_a0_, p_v_rest_, p_v_reset_, p_v_threshold_, r_tau_);
+          step_(now_x_[l_], z_v_[l_], spike_, charged_, p_tau_, p_v_c_, p_a0_, p_v_rest_, p_v_reset_, p_v_threshold_);
         }
       }
     }
@@ -118,7 +117,7 @@ INLINE_ void neurons_(const Args& a_, const long long first_, [[maybe_unused]] c
         real out_x_[LANES];
         FOR_LANES_ {
           real xd_;
-          step_backward_(now_x_[l_], zin_v_[k_][l_], zd_v_[l_], some_v_, now_s_[l_], real(0), xd_, pd_v_c_[l_], pd_a0_[l_], p_tau_, p_v_c_, p_a0_, p_v_rest_, p_v_reset_, p_v_threshold_, r_tau_, a_.alpha_sg_);
+          step_backward_(now_x_[l_], zin_v_[k_][l_], zd_v_[l_], some_v_, now_s_[l_], real(0), xd_, pd_v_c_[l_], pd_a0_[l_], p_tau_, p_v_c_, p_a0_, p_v_rest_, p_v_reset_, p_v_threshold_, a_.alpha_sg_);
           out_x_[l_] = xd_;
         }
         some_v_ = true;
