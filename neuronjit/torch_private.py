@@ -39,6 +39,14 @@ tracing: Callable[[], Any] = _named("_C._get_tracing_state", _no)
 is_zero_tensor: Callable[[torch.Tensor], bool] = _named("Tensor._is_zerotensor", _no)
 
 
+_capturing: Callable[[], bool] = _named("_C._cuda_isCurrentStreamCapturing", _no)
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream; makes no CUDA context."""
+    return torch.cuda.is_initialized() and _capturing()
+
+
 def has_tangents() -> bool:
     """Whether derivatives may go forward through the call (torch.autograd.forward_ad)."""
     return getattr(forward_ad, "_current_level", 0) >= 0

@@ -15,6 +15,7 @@ from ..checks import check_number
 from ..errors import SpecError, known
 from ..neurons import NeuronModel, as_model
 from ..surrogates import ATan, Sigmoid, Surrogate, as_surrogate
+from ..torch_private import capturing
 
 Number = float | Tensor
 # defaults are told from what a caller gives by identity, so these are objects of their own
@@ -99,6 +100,8 @@ class Neuron(torch.nn.Module):
             self._check_free(name)
         self._assigned: set[str] = set()  # states set from outside: a wrong shape is the caller's
         self._memories: dict[str, Any] = dict.fromkeys(self.model.state)  # None: not yet run
+        self._held: dict[str, Tensor] = {}  # the state where CUDA graphs read and write it
+        self._reset_in_capture = False
 
     # --- parameters ----------------------------------------------------------------------------
 
@@ -148,9 +151,14 @@ class Neuron(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Spikes, in x's shape and dtype; goes on from the state of the last call."""
-        out = self._run(x, self._carried(x), ("v",) if self.store_v_seq else ())
+        start = self._carried(x)
+        if isinstance(x, Tensor) and x.is_cuda and not is_compiling() and capturing():
+            start = self._hold(start)
+        out = self._run(x, start, ("v",) if self.store_v_seq else ())
         self._memories = dict(out.state)
         self._assigned.clear()
+        if self._held:
+            self._write_back()
         if self.step_mode == "m":
             self.v_seq = out.record.get("v")
             return out.spikes
@@ -204,6 +212,8 @@ class Neuron(torch.nn.Module):
                 value = value.to(x.device)
                 if value.is_inference() and not torch.is_inference_mode_enabled():
                     value = value.clone()  # autograd cannot save it: training after an evaluation
+                elif value is self._held.get(name):
+                    value = value.clone()  # autograd may save it, and its place is written again
                 if value.requires_grad and not is_compiling():
                     note_carried(value, type(self).__name__)
             kept[name] = value
@@ -214,11 +224,57 @@ class Neuron(torch.nn.Module):
         self._memories = dict.fromkeys(self.model.state)
         self._assigned.clear()
         self.v_seq = None
+        self._reset_in_capture = not is_compiling() and capturing()
+        if not self._reset_in_capture and self._held:  # the next replay reads it there
+            for name, value in self.initial_state().items():
+                if isinstance(value, Tensor):
+                    self._held[name].copy_(value.detach())
+                else:
+                    self._held[name].fill_(value)
+            self._memories |= self._held
 
     def detach(self) -> None:
         """Keep the state, cut its gradient: truncated backpropagation through time."""
-        self._memories = {name: _detached(value) for name, value in self._memories.items()}
+        for name, value in self._memories.items():
+            if isinstance(value, Tensor) and value is not self._held.get(name):
+                value = value.detach()
+                if value.is_cuda and not is_compiling() and not capturing():
+                    # a graph of "reduce-overhead" writes its outputs again in its next replay
+                    value = value.clone()
+                self._memories[name] = value
         self.v_seq = _detached(self.v_seq)
+
+    # --- state in a captured CUDA graph ----------------------------------------------------------
+
+    def _hold(self, start: dict[str, Any]) -> dict[str, Any]:
+        """What a captured call starts from: a copy of the state, whose place it writes at its end.
+
+        So each replay goes on from the last one, and not from the state at the capture. Raises
+        SpecError where that cannot be told: each replay would start anew.
+        """
+        anew, self._reset_in_capture = self._reset_in_capture, False
+        for name in self.model.state:
+            value = start.get(name)
+            if isinstance(value, Tensor):
+                if not (value.requires_grad and torch.is_grad_enabled()):
+                    self._held[name] = self._memories[name].detach()
+                    start[name] = value.detach().clone()
+                # else it is of an earlier call in the same capture, as single steps are
+            elif not anew:
+                raise SpecError(
+                    f"{type(self).__name__} has no state yet: each replay of this CUDA graph would"
+                    " start anew; call reset_net(net) inside the captured step if that is meant,"
+                    " else run the step once before the capture"
+                )
+        return start
+
+    def _write_back(self) -> None:
+        for name, place in self._held.items():
+            state = self._memories[name]
+            if state.shape == place.shape and state.device == place.device:
+                place.copy_(state.detach())
+                if not state.requires_grad:
+                    self._memories[name] = place
 
     def __getattr__(self, name: str) -> Any:
         memories = self.__dict__.get("_memories", {})
@@ -229,6 +285,12 @@ class Neuron(torch.nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_memories", ()):
+            if isinstance(value, Tensor) and value.is_cuda and not is_compiling() and capturing():
+                raise SpecError(
+                    f"'{name}' of {type(self).__name__} cannot be assigned while a CUDA graph is"
+                    " captured: replays would start from what it is now. Assign it before, or"
+                    " change it in place"
+                )
             self._memories[name] = value
             self._assigned.add(name)
             return
@@ -241,6 +303,7 @@ class Neuron(torch.nn.Module):
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._held = {}  # graphs that were captured read parameters where they no longer are
         for name, value in self._memories.items():
             if isinstance(value, Tensor):
                 moved = fn(value)
@@ -266,7 +329,8 @@ class Neuron(torch.nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy, which refuse tensors with a history."""
         memories = {name: _detached(value) for name, value in self._memories.items()}
-        return {**self.__dict__, "_memories": memories, "v_seq": _detached(self.v_seq)}
+        kept = {"_memories": memories, "v_seq": _detached(self.v_seq), "_held": {}}
+        return {**self.__dict__, **kept}
 
     def _replicate_for_data_parallel(self) -> Any:
         # what __dict__ holds is shared by all replicas, which run at the same time

@@ -1,0 +1,89 @@
+"""SpikingJelly's own networks, reduced, with our layers in them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import neuronjit as nj
+
+
+def spikingjelly() -> Any:
+    """Its models' modules; they import h5py, which nothing here uses."""
+    if importlib.util.find_spec("h5py") is None:
+        sys.modules.setdefault("h5py", types.ModuleType("h5py"))
+    from spikingjelly.activation_based import functional
+    from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet
+
+    return parametric_lif_net, sew_resnet, functional
+
+
+def cifar10net(channels: int = 8) -> torch.nn.Module:
+    """Fang et al. 2021: convolutions, batch norms, PLIF, pooling, voting; without dropout."""
+    models, _, functional = spikingjelly()
+    torch.manual_seed(0)
+    net = models.CIFAR10Net(channels, nj.nn.ParametricLIFNode, detach_reset=True)
+    functional.set_step_mode(net, "m")
+    for module in net.modules():
+        if "Dropout" in type(module).__name__:
+            module.p = 0.0
+    return net
+
+
+def sew_resnet18() -> torch.nn.Module:
+    """Fang et al. 2021: additions after the neurons."""
+    _, models, functional = spikingjelly()
+    torch.manual_seed(0)
+    net = models.sew_resnet18(
+        num_classes=10, cnf="ADD", spiking_neuron=nj.nn.IFNode, detach_reset=True
+    )
+    functional.set_step_mode(net, "m")
+    return net
+
+
+NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {
+    "cifar10net": cifar10net,
+    "sew_resnet18": sew_resnet18,
+}
+
+
+def batches(count: int, device: str, size: int = 32) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for _ in range(count):
+        x = torch.rand((4, 2, 3, size, size), generator=generator)
+        y = torch.randint(0, 10, (2,), generator=generator)
+        made.append((x.to(device), y.to(device)))
+    return made
+
+
+def train(
+    net: torch.nn.Module,
+    run: Callable[[Tensor], Tensor],
+    data: list[tuple[Tensor, Tensor]],
+    *,
+    carry: bool = False,
+    amp: torch.dtype | None = None,
+) -> list[float]:
+    """The losses of some steps of SGD; the state is reset before each, or carried and detached."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    nj.nn.reset_net(net)
+    losses = []
+    for x, y in data:
+        if carry:
+            nj.nn.detach_net(net)
+        else:
+            nj.nn.reset_net(net)
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(x.device.type, amp or torch.bfloat16, enabled=amp is not None):
+            loss = torch.nn.functional.cross_entropy(run(x).float().mean(0), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

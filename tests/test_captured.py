@@ -1,0 +1,153 @@
+"""Layers with state in CUDA graphs: replays do what the same calls do, or an error says why not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import inputs
+from torch import Tensor
+
+import neuronjit as nj
+
+pytestmark = pytest.mark.cuda
+
+
+def captured(step: Callable[[], Any], warm: int = 2) -> torch.cuda.CUDAGraph:
+    """A graph of one step, after a few on a side stream, as PyTorch wants it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def network(step_mode: str = "m") -> torch.nn.Module:
+    torch.manual_seed(0)
+    lif = nj.nn.LIF(tau=3.0, learnable=("tau",), step_mode=step_mode, v_threshold=0.3)
+    izhikevich = nj.nn.Izhikevich(a=0.2, b=0.1, step_mode=step_mode, v_threshold=0.3)
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 32), lif, torch.nn.Linear(32, 8), izhikevich
+    ).cuda()
+
+
+def test_inference_goes_on_from_the_last_replay() -> None:
+    net = network().eval()
+    other, x, out = copy.deepcopy(net), torch.zeros(5, 4, 6, device="cuda"), {}
+    data = [inputs((5, 4, 6), seed=i).cuda() for i in range(6)]
+
+    def step() -> None:
+        out["y"] = net(x)
+
+    with torch.no_grad():
+        x.copy_(data[0])
+        graph = captured(step, warm=1)
+        other(data[0])
+        for turn in range(2):
+            for batch in data[1:4]:
+                x.copy_(batch)
+                graph.replay()
+                assert torch.equal(out["y"], other(batch))
+                assert torch.equal(net[1].v, other[1].v)
+            nj.nn.reset_net(net), nj.nn.reset_net(other)  # in between: the next replay starts anew
+            if turn:
+                continue
+            x.copy_(data[5])
+            graph.replay()
+            assert torch.equal(out["y"], other(data[5]))
+            # an eager call in between goes on from the replay, and the next replay from that
+            assert torch.equal(net(data[2]), other(data[2]))
+            x.copy_(data[4])
+            graph.replay()
+            assert torch.equal(out["y"], other(data[4]))
+            net(data[3][:, :2]), other(data[3][:, :2])  # of another shape: as without a graph
+            nj.nn.reset_net(net), nj.nn.reset_net(other)
+
+
+def step_of(net: torch.nn.Module, x: Tensor, prepare: Callable[[], None]) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+
+    def step() -> None:
+        prepare()
+        optimizer.zero_grad(set_to_none=True)
+        y = net(x) if net[1].step_mode == "m" else torch.stack([net(x_t) for x_t in x])
+        y.float().square().mean().backward()
+        optimizer.step()
+
+    return step
+
+
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+@pytest.mark.parametrize("carried", [False, True], ids=["reset", "carried"])
+def test_training_steps(carried: bool, step_mode: str) -> None:
+    """Reset or detached within the step: replays train as eager steps do."""
+    nets = [network(step_mode) for _ in range(2)]
+    x = torch.zeros(20, 4, 6, device="cuda")
+    prepare = nj.nn.detach_net if carried else nj.nn.reset_net
+    steps = [step_of(net, x, lambda net=net: prepare(net)) for net in nets]
+    x.copy_(inputs((20, 4, 6)))
+    for _ in range(2):
+        steps[1]()
+    graph = captured(steps[0])
+    for seed in range(5):
+        x.copy_(inputs((20, 4, 6), seed=seed))
+        graph.replay()
+        steps[1]()
+        assert torch.equal(nets[0][1].v, nets[1][1].v)
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_capture_that_would_always_start_anew_is_an_error() -> None:
+    net, x = network(), inputs((5, 4, 6)).cuda()
+    with torch.no_grad():
+        net(x)
+        nj.nn.reset_net(net)  # outside: replays would not do it again
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            first = net[0](x)
+            with pytest.raises(nj.SpecError, match="reset_net"):
+                net[1](first)
+        assert torch.isfinite(net(x)).all()  # nothing is lost
+        with (
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+            pytest.raises(nj.SpecError, match="captured"),
+        ):
+            net[1].v = torch.zeros(4, 32, device="cuda")
+
+
+def test_make_graphed_callables() -> None:
+    """A module that resets its net first, as each of its replays does then."""
+
+    class Anew(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            nj.nn.reset_net(self.net)
+            return self.net(x)
+
+    net = Anew()
+    other = copy.deepcopy(net)
+    graphed = torch.cuda.make_graphed_callables(net, (inputs((20, 4, 6)).cuda(),))
+    for seed in range(4):
+        x = inputs((20, 4, 6), seed=seed).cuda()
+        grads = []
+        for run, owner in ((graphed, net), (other, other)):
+            owner.zero_grad()
+            y = run(x)
+            y.square().mean().backward()
+            grads.append([y.detach().clone(), *[p.grad.clone() for p in owner.parameters()]])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

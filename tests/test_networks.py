@@ -1,0 +1,71 @@
+"""The peers' own networks with our layers under torch.compile: they compile, and train alike."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from networks import NETWORKS, batches, train
+from support import each_device
+
+pytestmark = [
+    pytest.mark.peers("spikingjelly"),
+    pytest.mark.filterwarnings("ignore:.*(TF32|deprecated|isinstance_treespec|online softmax)"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    cache = tmp_path_factory.getbasetemp() / "inductor"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+
+
+def compare(
+    name: str, device: str, mode: str, *, carry: bool, amp: torch.dtype | None = None,
+    channels_last: bool = False, **options: Any,
+) -> None:  # fmt: skip
+    """Losses of four steps, compiled beside eager. The first is before any rounding is learned."""
+    eager = NETWORKS[name]().to(device)
+    if channels_last:
+        eager = eager.to(memory_format=torch.channels_last)
+    fast = copy.deepcopy(eager)
+    data = batches(4, device)
+    if channels_last:
+        data = [
+            (x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (4, 2)), y)
+            for x, y in data
+        ]
+    want = train(eager, eager, data, carry=carry, amp=amp)
+    compiled = torch.compile(fast, mode=mode, **options)
+    got = train(fast, compiled, data, carry=carry, amp=amp)
+    assert all(loss == loss and 0 < loss < 20 for loss in got)
+    # a spike that rounding moves moves the loss: equal to that, and exactly so at first
+    tolerance = 0.02 if amp is None else 0.1
+    assert got[0] == pytest.approx(want[0], rel=tolerance / 10), (got, want)
+    assert got == pytest.approx(want, rel=tolerance), (got, want)
+
+
+@each_device
+@pytest.mark.slow
+@pytest.mark.parametrize("carry", [False, True], ids=["reset", "carried"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_default_mode(name: str, carry: bool, device: str) -> None:
+    compare(name, device, "default", carry=carry)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("carry", [False, True], ids=["reset", "carried"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_reduce_overhead(name: str, carry: bool) -> None:
+    compare(name, "cuda", "reduce-overhead", carry=carry)
+
+
+@each_device
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_amp_and_channels_last(mode: str, device: str) -> None:
+    amp = torch.float16 if device == "cuda" else torch.bfloat16
+    compare("sew_resnet18", device, mode, carry=False, amp=amp, channels_last=True)
