@@ -24,7 +24,7 @@ from support import assert_same_bits, inputs
 import neuronjit as nj
 from neuronjit import cache, cachefile, engine, housekeeping, prebuild, targets
 from neuronjit.rendering import render_specs
-from neuronjit.source import spec_of
+from neuronjit.source import KernelSpec
 from neuronjit.targets import common, cpu, cuda, scratch
 
 pytestmark = [
@@ -35,7 +35,7 @@ ROOT = Path(nj.__file__).parent.parent
 REAL = shutil.which("g++")
 X = inputs((5, 7))
 SPEC = replace(  # what a call with X looks up
-    spec_of("if", "cpu", "forward", "atan", "hard", False, "float32"),
+    KernelSpec.of("if", "cpu", "forward", "atan", "hard", False, "float32"),
     **cpu.shape("forward", 4, nj.neurons.IF, 0, 7, 5, True)._asdict(),
 )
 
@@ -158,7 +158,7 @@ def test_p17_a_whole_entry_that_does_not_load_is_rebuilt_once(base, way):
 
 def binaries():
     yield cpu, SPEC.symbol, cpu.arch(), engine.build(SPEC, cpu.arch()).binary
-    spec = spec_of("if", "cuda", "forward", "atan", "hard", False, "float32")
+    spec = KernelSpec.of("if", "cuda", "forward", "atan", "hard", False, "float32")
     for arch in ("sm_90", "sm_90a", "sm_100a", "sm_130"):  # the last is PTX: newer than NVRTC
         yield cuda, spec.symbol, arch, cuda.compile(render_specs([spec]), spec.symbol, arch)
 
@@ -570,13 +570,15 @@ def test_p23_all_built_in_models_have_the_shapes_of_these(name):
     ):
         shape = targets.by_name(target).shape
         assert shape(direction, size, model, 1, *given) == shape(direction, size, like, 1, *given)
-    assert not common.is_large(spec_of(name, "cpu", "backward", "atan", "hard", False, "float32"))
+    assert not common.is_large(
+        KernelSpec.of(name, "cpu", "backward", "atan", "hard", False, "float32")
+    )
 
 
 def test_p23_no_built_in_surrogate_is_large():
     for surrogate in vars(nj.surrogates).values():
         if isinstance(surrogate, nj.Surrogate):
-            spec = spec_of("lif", "cpu", "backward", surrogate, "hard", False, "float32")
+            spec = KernelSpec.of("lif", "cpu", "backward", surrogate, "hard", False, "float32")
             assert not common.is_large(spec), surrogate
 
 
@@ -606,7 +608,7 @@ def test_p23_large_blocks_compile_and_are_right(model):
     for mine, want in zip(*(r[1:] for r in results), strict=True):
         torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-5)
     for direction in ("forward", "backward"):
-        spec = spec_of(model, "cuda", direction, "atan", "hard", False, "float32")
+        spec = KernelSpec.of(model, "cuda", direction, "atan", "hard", False, "float32")
         shape = cuda.shape(direction, 4, model, int(direction == "backward"), 4096, 100, True)
         spec = replace(spec, **shape._asdict())
         assert shape == (1, 1, 1, False)
@@ -693,7 +695,7 @@ def test_prebuild_names_the_archs_that_nvrtc_knows(base):
 
 
 def test_a_gpu_newer_than_nvrtc_gets_ptx(base):
-    spec = spec_of("if", "cuda", "forward", "atan", "hard", False, "float32")
+    spec = KernelSpec.of("if", "cuda", "forward", "atan", "hard", False, "float32")
     binary = engine.build(spec, "sm_130").binary
     assert binary.endswith(b"}\n\n\0") or binary.rstrip(b"\0\n").endswith(b"}")
     assert b".target sm_1" in binary and binary.endswith(b"\0")

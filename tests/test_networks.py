@@ -28,11 +28,12 @@ def compare(
     channels_last: bool = False, **options: Any,
 ) -> None:  # fmt: skip
     """Losses of four steps, compiled beside eager. The first is before any rounding is learned."""
-    eager = NETWORKS[name]().to(device)
+    make, size = NETWORKS[name]
+    eager = make().to(device)
     if channels_last:
         eager = eager.to(memory_format=torch.channels_last)
     fast = copy.deepcopy(eager)
-    data = batches(4, device)
+    data = batches(4, device, size)
     if channels_last:
         data = [
             (x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (4, 2)), y)
