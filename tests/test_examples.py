@@ -16,12 +16,12 @@ for needed in ("sklearn", "matplotlib"):
     pytest.importorskip(needed, reason=f"the examples need {needed}: pip install -e '.[examples]'")
 
 
-def run(script, *options, cwd):
+def run(script, *options, cwd, **variables):
     path = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / script), *options],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, **variables},
         capture_output=True,
         text=True,
     )
@@ -69,3 +69,15 @@ def test_a_custom_neuron(tmp_path):
         assert number(rf"^{name} neurons: ([\d.]+)% of 382 test images right", said) > 40
     again = run("custom_neuron.py", "--epochs", "1", cwd=tmp_path)
     assert number(r"^kernels: 0 compiled, (\d+) loaded from the cache", again) == 4
+
+
+@each_device
+def test_a_training_step_in_a_graph(tmp_path, device):
+    visible = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
+    said = run("train_graph.py", "--epochs", "3", cwd=tmp_path, **visible)
+    found = [float(a) for a in re.findall(r"^test accuracy: ([\d.]+)%", said, re.M)]
+    assert len(found) == (2 if device == "cuda" else 1) and min(found) > 88
+    if device == "cuda":
+        assert number(r"^a training step: ([\d.]+) ms, eager [\d.]+ ms", said) > 0
+    else:
+        assert "CUDA graphs need a GPU" in said
