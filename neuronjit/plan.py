@@ -21,6 +21,7 @@ from .checks import DTYPES, arithmetic, check_memory, label_of
 from .errors import BackendError, CompileError, SpecError
 from .settings import warn_once
 from .source import TARGETS, KernelSpec, arguments
+from .targets.common import steps_between_checkpoints
 from .torch_private import autograd_again, is_zero_tensor
 
 Gradients = list[Tensor | None]
@@ -207,7 +208,6 @@ class _Launch(NamedTuple):
     run: Any  # the kernel's launch(packed, n, T)
     blocks: Any  # the kernel's blocks(n)
     pack: Any  # struct.Struct(...).pack, in the order of source.arguments
-    spacing: int  # K: steps between checkpoints
 
 
 class _Arriving(NamedTuple):
@@ -258,6 +258,10 @@ class KernelPlan:
             else (t.shape, self.real, self.device, None)  # in any layout: see layout.Repeat
             for name, t in given.items()
         ]
+        k = steps_between_checkpoints(self.T, model)
+        # of the checkpoints: [count, states, n], and two more: see `graph`, which has any T
+        size = torch.Size([(self.T - 1) // k * len(self.states) * self.n + 2])
+        self._saved = (size, self.real, self.device, (1,)) if k < self.T else None
         self._no_states, self._no_inputs = [0] * len(self.states), [0] * len(self.position)
         self._launches: dict[Any, _Launch] = {}
         self._arrivals: dict[Any, _Arriving] = {}
@@ -290,18 +294,12 @@ class KernelPlan:
         aligned = not reduce(or_, (*pointers, *inputs)) & 15
         launch = self._launches.get(aligned) or self._load(aligned, "forward", self.call.record, ())
         checkpoints = None
-        if save and launch.spacing < self.T:
-            checkpoints = torch.empty(
-                self._checkpoints(launch.spacing), dtype=self.real, device=self.device
-            )
+        if save and self._saved is not None:
+            checkpoints = torch.empty(self._saved[0], dtype=self.real, device=self.device)
         packed = launch.pack(*pointers, _pointer(checkpoints), 0, *inputs, *self._forward_tail)
         launch.run(packed, self.n, self.T)
         del alive
         return [spikes, *lasts, *records], checkpoints
-
-    def _checkpoints(self, spacing: int) -> int:
-        # [count, states, n], and two more: see `graph`, which holds it for any T
-        return (self.T - 1) // spacing * len(self.states) * self.n + 2
 
     def backward(
         self,
@@ -313,6 +311,10 @@ class KernelPlan:
     ) -> Gradients:
         """As a plan's. Shapes and layouts of everything given are compared with the plan's."""
         x, tensors = self._as_planned(x, tensors)
+        if (checkpoints is None) != (self._saved is None):
+            raise SpecError(f"the checkpoints {_CHANGED}")
+        if checkpoints is not None and self._saved is not None:
+            checkpoints = _as_saved("the checkpoints", checkpoints, self._saved)
         arriving = self._arriving(tuple([g is not None for g in grads]), tuple(wanted))
         sequences, learned, summed = arriving
         last = 1 + len(self.final)
@@ -341,7 +343,6 @@ class KernelPlan:
         aligned = not reduce(or_, (*pointers, *inputs)) & 15
         key = (aligned, sequences, learned)
         launch = self._launches.get(key) or self._load(key, "backward", sequences, learned)
-        self._check_checkpoints(checkpoints, launch.spacing)
         partials = None
         if summed:
             size = (len(summed), launch.blocks(self.n))
@@ -385,17 +386,6 @@ class KernelPlan:
         model, saved = self.call.model, zip(self.given, tensors, self._tensors, strict=True)
         return x, [_as_saved(label_of(model, name), t, was) for name, t, was in saved]
 
-    def _check_checkpoints(self, checkpoints: Tensor | None, spacing: int) -> None:
-        needed = spacing < self.T
-        if checkpoints is None and not needed:
-            return
-        if checkpoints is not None and needed:
-            size = torch.Size([self._checkpoints(spacing)])
-            _as_saved("the checkpoints", checkpoints, (size, self.real, self.device, (1,)))
-            check_memory(["the checkpoints"], [checkpoints])
-            return
-        raise SpecError(f"the checkpoints {_CHANGED}")
-
     def _arrived(
         self, grad: Tensor, shape: Sequence[int], strides: layout.Strides, dtype: torch.dtype
     ) -> Tensor:
@@ -422,13 +412,12 @@ class KernelPlan:
             return self._no_inputs, alive
         pointers = self._no_inputs.copy()
         for name, tensor in zip(self.given, tensors, strict=True):
+            if not tensor.data_ptr():
+                check_memory([label_of(self.call.model, name)], [tensor])
             if name in self.repeats:
                 tensor = self.repeats[name].elements(tensor.detach(), self.shape, self.strides)
                 alive.append(tensor)
-            pointer = tensor.data_ptr()
-            if not pointer:
-                check_memory([label_of(self.call.model, name)], [tensor])
-            pointers[self.position[name]] = pointer
+            pointers[self.position[name]] = tensor.data_ptr()
         return pointers, alive
 
     def _empty_state(self) -> Tensor:
@@ -457,9 +446,7 @@ class KernelPlan:
         codes = "".join(field.code for field in arguments(spec))
         kernel = engine.load_kernel(spec, self.device.index or 0)
         pack = struct.Struct(f"@{codes}0q").pack
-        return self._launches.setdefault(
-            key, _Launch(kernel.launch, kernel.blocks, pack, spec.steps)
-        )
+        return self._launches.setdefault(key, _Launch(kernel.launch, kernel.blocks, pack))
 
 
 _CHANGED = (

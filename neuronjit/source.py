@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .errors import SpecError, known
+from .errors import InputTypeError, SpecError, known
 from .neurons import NeuronModel, as_model
 from .surrogates import Surrogate, as_surrogate
 
@@ -58,6 +58,8 @@ class KernelSpec:
             if (given := getattr(self, field)) not in allowed:
                 raise SpecError(f"unknown {field} {ascii(given)[:80]}. {known(allowed)}")
         model, backward = self.model, self.direction == "backward"
+        if not isinstance(model, NeuronModel):
+            raise InputTypeError(f"model must be a NeuronModel, got {type(model).__name__}")
         if (self.reset == "own") != model.own_reset:
             raise SpecError(f"reset {self.reset!r} does not fit model '{model.name}'")
         wanted = backward or not self.spiking

@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -203,13 +204,17 @@ def cached_keys() -> list[str]:
         ({"dtype": "int8"}, "unknown dtype 'int8'. Known: bfloat16"),
         ({"surrogate": "atn"}, "unknown surrogate 'atn'. Known: ATan"),
         ({"reset": "warm"}, "unknown reset 'warm'. Known: hard"),
-        ({"colour": 1}, "unknown option"),
     ],
 )
 def test_unknown_names(options: dict[str, object], words: str) -> None:
     with pytest.raises(nj.SpecError) as caught:
         nj.render("lif", **options)
     assert words in str(caught.value)
+
+
+def test_an_unknown_option() -> None:
+    with pytest.raises(TypeError, match="colour"):
+        nj.render("lif", colour=1)  # type: ignore[call-arg]
 
 
 def test_choices_may_be_iterators(tmp_path: Path) -> None:
@@ -220,3 +225,108 @@ def test_choices_may_be_iterators(tmp_path: Path) -> None:
         directions=iter(["backward"]),
     )  # fmt: skip
     assert [symbol.split("_")[0] for symbol in symbols] == ["if", "if", "qif", "qif"]
+
+
+# --- what is shown is what calls use --------------------------------------------------------------
+
+NONSENSE = {
+    "a spike recorded": dict(direction="forward", sequences=("s",)),
+    "an unknown sequence": dict(direction="backward", sequences=("w",)),
+    "an unknown parameter": dict(learned=("alpha",)),
+    "unknown per neuron": dict(per_neuron=("x",)),
+    "twice": dict(record=("v", "v")),
+    "both directions": dict(sequences=("v",)),
+    "a reset": dict(reset="own"),
+    "a dtype": dict(dtype="float8"),
+    "a target": dict(target="rocm"),
+    "a direction": dict(direction="sideways"),
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_render_refuses_kernels_that_no_call_uses(case: str) -> None:
+    with pytest.raises(nj.SpecError):
+        nj.render("lif", **NONSENSE[case])
+
+
+def test_render_shows_what_a_call_compiles(tmp_path: Path) -> None:
+    """The very text that lies in the cache after the call."""
+    from neuronjit import housekeeping
+    from neuronjit.cache import load
+
+    def sources() -> dict[str, str]:
+        return {e.key: load(e.key).source for e in housekeeping.entries()}
+
+    model = nj.NeuronModel(
+        "shown", "h = 0.25 * v + x / tau\nw = 0.5 * w + s", state=dict(v=0.0, w=0.0),
+        params=dict(tau=2.0),
+    )  # fmt: skip
+    before = sources()
+    x, tau = torch.rand(20, 8, requires_grad=True), torch.full((8,), 2.0, requires_grad=True)
+    out = nj.multistep(model, x, tau=tau, record=("w",), detach_reset=True)
+    (out.spikes.sum() + out.record["w"].sum()).backward()
+    made = {text for key, text in sources().items() if key not in before}
+    options = dict(
+        target="cpu", detach_reset=True, steps=20, neurons=8, record=["w"], learned=["tau"],
+        per_neuron=["tau"],
+    )  # fmt: skip
+    shown = {nj.render(model, direction=d, **options) for d in ("forward", "backward")}
+    assert made == shown
+
+
+@pytest.mark.parametrize("place", ["codes.cu", "folder"])
+def test_two_models_of_one_name_are_refused(place: str, tmp_path: Path) -> None:
+    one = nj.NeuronModel("mine", "h = v + x", state=dict(v=0.0))
+    two = nj.NeuronModel("mine", "h = v - x", state=dict(v=0.0))
+    with pytest.raises(nj.SpecError, match=r"mine.*one name"):
+        nj.save_cuda_codes(tmp_path / place, neurons=[one, two])
+    assert not list(tmp_path.rglob("*.cu"))
+    slopes = [nj.Surrogate("slope", text) for text in ("1", "where(u < 0, 0, 1)")]
+    with pytest.raises(nj.SpecError, match=r"slope.*one name"):
+        nj.save_cuda_codes(tmp_path / place, neurons=[one], surrogates=slopes)
+    nj.save_cuda_codes(tmp_path / place, neurons=[one, one], surrogates=slopes[:1])
+
+
+SPEC = dict(model=nj.neurons.LIF, target="cpu", direction="backward", dtype="float32", reset="hard",
+            surrogate=nj.surrogates.ATan)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(reset="own"), dict(reset="gentle"), dict(surrogate=None), dict(direction="forward"),
+        dict(surrogate=nj.surrogates.ATan(alpha=3.0)), dict(learned=("w",)), dict(learned=["tau"]),
+        dict(learned=("v_threshold", "tau")), dict(per_neuron=("tau", "tau")),
+        dict(sequences=("v", "s")), dict(sequences=("x",)), dict(steps=0), dict(steps=3),
+        dict(lanes=True), dict(loads=32), dict(steps=1 << 20), dict(dtype="int8"),
+        dict(spiking=False, surrogate=nj.surrogates.SuperSpike), dict(model="lif"),
+        dict(direction="forward", surrogate=None, detach_reset=True),
+        dict(direction="forward", surrogate=None, learned=("tau",)),
+        dict(direction="forward", surrogate=None, sequences=("s",)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_spec_is_checked_where_it_is_made(change: dict[str, Any]) -> None:
+    KernelSpec(**SPEC)
+    with pytest.raises((nj.SpecError, nj.InputTypeError)):
+        KernelSpec(**{**SPEC, **change})
+
+
+def test_what_renders_is_in_the_digest() -> None:
+    """Every module that rendering imports, directly or not, but for what decides no text."""
+    import ast
+
+    from neuronjit import source
+
+    package = Path(nj.__file__).parent
+    seen, todo = set(), ["rendering"]
+    while todo:
+        name = todo.pop()
+        if name in seen or not (package / f"{name}.py").is_file():
+            continue
+        seen.add(name)
+        for node in ast.walk(ast.parse((package / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                todo += [node.module] if node.module else [a.name for a in node.names]
+    missing = {f"{n}.py" for n in seen} - set(source.RENDERERS) - {"errors.py", "immutable.py"}
+    assert not missing
