@@ -24,10 +24,14 @@ def fresh(tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compare(
-    name: str, device: str, mode: str, *, carry: bool, amp: torch.dtype | None = None,
-    channels_last: bool = False, **options: Any,
+    name: str, device: str, mode: str | None, *, carry: bool, amp: torch.dtype | None = None,
+    channels_last: bool = False, first: float = 0.02, later: float = 0.2, **options: Any,
 ) -> None:  # fmt: skip
-    """Losses of four steps, compiled beside eager. The first is before any rounding is learned."""
+    """Losses of four steps, compiled beside eager, within relative tolerances.
+
+    Inductor rounds batch norm otherwise, so that potentials near the threshold fall on the other
+    side: that moves the first loss by 0.4 % (SEW-ResNet-18), and later ones by what is learned.
+    """
     make, size = NETWORKS[name]
     eager = make().to(device)
     if channels_last:
@@ -43,10 +47,18 @@ def compare(
     compiled = torch.compile(fast, mode=mode, **options)
     got = train(fast, compiled, data, carry=carry, amp=amp)
     assert all(loss == loss and 0 < loss < 20 for loss in got)
-    # a spike that rounding moves moves the loss: equal to that, and exactly so at first
-    tolerance = 0.02 if amp is None else 0.1
-    assert got[0] == pytest.approx(want[0], rel=tolerance / 10), (got, want)
-    assert got == pytest.approx(want, rel=tolerance), (got, want)
+    assert got[0] == pytest.approx(want[0], rel=first), (got, want)
+    assert got == pytest.approx(want, rel=later), (got, want)
+
+
+@each_device
+@pytest.mark.slow
+@pytest.mark.parametrize("carry", [False, True], ids=["reset", "carried"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_traced_and_differentiated(name: str, carry: bool, device: str) -> None:
+    """By aot_eager, which leaves every operation as it is: the very losses."""
+    exact = dict(first=1e-6, later=1e-3)
+    compare(name, device, None, carry=carry, backend="aot_eager", **exact)
 
 
 @each_device
