@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from neuronjit.call import glance, signature
 from sections import Nothing
 from torch import Tensor
 from warm_start import machine
 
 import neuronjit as nj
+from neuronjit.call import glance, signature
 from neuronjit.plan import EagerPlan, KernelPlan, plans
 
 RESULTS = Path(__file__).parent / "results"
