@@ -390,6 +390,16 @@ class KernelPlan:
         self, grad: Tensor, shape: Sequence[int], strides: layout.Strides, dtype: torch.dtype
     ) -> Tensor:
         """A gradient that arrives, as the kernel reads it."""
+        if (
+            grad.layout is torch.strided
+            and grad.stride() == strides
+            and grad.shape == shape
+            and grad.dtype is dtype
+            and grad.device == self.device
+            and not grad.is_neg()
+            and grad.data_ptr()
+        ):
+            return grad  # nearly all are so
         if grad.layout is not torch.strided:
             grad = grad.to_dense()
         if grad.dtype != dtype or grad.shape != shape or grad.device != self.device:

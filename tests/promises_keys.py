@@ -31,11 +31,12 @@ def specs(number=200):
         models,
         ("cpu", "cuda"),
         ("forward", "backward"),
-        ("float32", "float16", "bfloat16"),
-        ("hard", "soft"),
         surrogates,
+        ("hard", "soft"),
+        (False,),
+        ("float32", "float16", "bfloat16"),
     )
-    return [KernelSpec(*choice) for choice in itertools.islice(choices, number)]
+    return [KernelSpec.of(*choice) for choice in itertools.islice(choices, number)]
 
 
 def keys():
@@ -104,7 +105,6 @@ def _changed(directory):
     for field, value in {
         "model": nj.neurons.IF,
         "target": "cuda",
-        "direction": "forward",
         "dtype": "float16",
         "reset": "soft",
         "surrogate": nj.surrogates.Sigmoid(),
@@ -119,6 +119,11 @@ def _changed(directory):
         "prefetch": True,
     }.items():
         yield f"spec: {field}", dataclasses.replace(spec, **{field: value}).request != spec.request
+    smooth = [  # both directions have a surrogate only where it is smooth
+        dataclasses.replace(spec, spiking=False, direction=direction).request
+        for direction in ("forward", "backward")
+    ]
+    yield "spec: direction", smooth[0] != smooth[1]
     for name, value in TOOLCHAIN.items():
         toolchain = {**TOOLCHAIN, name: value + "a"}  # sm_90 and sm_90a are two as well
         yield f"toolchain: {name}", cache.make_key(spec.request, toolchain) != before

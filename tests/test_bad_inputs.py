@@ -15,6 +15,7 @@ from support import each_device, inputs, library_model
 from torch import Tensor
 
 import neuronjit as nj
+from neuronjit import settings
 
 MODELS = ("LIF", "IF", "PLIF")
 Call = Callable[[Any, Tensor], Any]  # (model, x [4, 8]) -> anything
@@ -341,6 +342,7 @@ def test_failing_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_failing_compiler_in_auto_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager, forward and backward, with one warning at the user's line; the compiler rests then."""
+    monkeypatch.setattr(settings, "_warned", {})
     log = tmp_path / "log"
     script = f'{VERSION}\necho x >> "{log}"; echo "fatal: the wrong phase" >&2; exit 1'
     monkeypatch.setenv("CXX", compiler(tmp_path, script))
@@ -361,6 +363,7 @@ def test_a_backward_that_cannot_be_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel of forward is there and that of backward cannot be had: eager goes back."""
+    monkeypatch.setattr(settings, "_warned", {})  # the same reason may have been given already
     model = nj.NeuronModel("halfway", "h = v * 0.5 + x + 0 * 5", state={"v": 0.0})
     x = torch.full((3, 4), 0.75, requires_grad=True)
     spikes = nj.multistep(model, x).spikes

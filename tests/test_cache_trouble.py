@@ -520,8 +520,14 @@ with warnings.catch_warnings(record=True) as caught:
     x = torch.rand(4, 8, requires_grad=True)
     eager = nj.multistep("lif", x, backend="eager").spikes
     eager.sum().backward()
-    if BACKEND == "cpu":
-        assert torch.equal(nj.multistep("lif", x, backend="cpu").spikes, eager)
+    if BACKEND == "cpu":  # no folder there can be judged, so no compiler works in it
+        assert torch.equal(nj.multistep("lif", x).spikes, eager)
+        try:
+            nj.multistep("lif", x, backend="cpu")
+        except nj.BackendError as error:
+            assert "cannot show that nobody else writes there" in str(error)
+        else:
+            raise AssertionError("a compiler worked where anyone may write")
     assert cli.main(["info"]) == 0 and cli.main(["stats"]) == 0
 print("texts", [str(w.message) for w in caught if "neuronjit" in type(w.message).__module__])
 """
@@ -544,7 +550,6 @@ def test_no_posix_module_is_needed(tmp_path, backend):
     assert done.returncode == 0, done.stderr[-3000:]
     texts = done.stdout.splitlines()[-1]
     assert texts.count("cannot use the directory") == (backend == "cpu"), texts
-    assert "Errno 95" in texts or backend == "eager"
     assert not (tmp_path / "cache").exists()
 
 

@@ -122,8 +122,9 @@ def test_a_file_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch):
 WRITER = f"""{BARE}
 from neuronjit import manifest
 from neuronjit.source import KernelSpec
-for steps in range(1, 33):
-    spec = KernelSpec.of("lif", "cpu", "forward", "atan", "hard", False, "float32", steps=steps)
+for i in range(32):
+    dtype = ("float32", "float64", "float16", "bfloat16")[i // 8]
+    spec = KernelSpec.of("lif", "cpu", "forward", "atan", "hard", False, dtype, steps=2 ** (i % 8))
     manifest.record(spec, "x86-64-v" + sys.argv[1])
 """
 
@@ -202,9 +203,9 @@ RECORDER = f"""{BARE}
 import resource
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 from neuronjit import manifest
-from neuronjit.source import spec_of
+from neuronjit.source import KernelSpec
 for steps in (1, 2):
-    spec = spec_of("lif", "cpu", "forward", "atan", "hard", False, "float32", steps=steps)
+    spec = KernelSpec.of("lif", "cpu", "forward", "atan", "hard", False, "float32", steps=steps)
     manifest.record(spec, "x86-64-v3")
 print("went on")
 """
@@ -261,7 +262,7 @@ def test_a_record_is_read_on_and_not_again(tmp_path, monkeypatch):
         return Counted(name, mode, opener=opener)
 
     monkeypatch.setattr(manifest, "open", counted, raising=False)
-    for steps in range(1, 9):
+    for steps in [2**i for i in range(8)]:
         for _ in range(2):
             manifest.record(spec("lif", "cpu", "forward", steps=steps), "x86-64-v3")
         with open(path, "ab") as other:  # another process

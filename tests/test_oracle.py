@@ -42,9 +42,12 @@ def test_lif_by_hand() -> None:
     assert hard.record["h"].flatten().tolist() == [0.625, 1.9375, 0.25]
     assert hard.record["v"].flatten().tolist() == [0.625, 0.25, 0.25]
     assert hard.spikes.flatten().tolist() == [0, 1, 0]
-    soft = oracle.run("LIF", x, surrogate=oracle.Surrogate("ATan"), reset="soft", v_reset=0.25)
+    soft = oracle.run("LIF", x, surrogate=oracle.Surrogate("ATan"), reset="soft")
     assert soft.record["h"].flatten().tolist() == [0.5, 1.75, 0.375]  # v_reset is 0 with soft reset
     assert soft.record["v"].flatten().tolist() == [0.5, 0.75, 0.375]
+    # ... unless it is given: 0.625 + (3 - (0.625 - 0.25)) / 2, less 1; 0.9375 - (0.9375 - 0.25) / 2
+    given = oracle.run("LIF", x, surrogate=oracle.Surrogate("ATan"), reset="soft", v_reset=0.25)
+    assert given.record["h"].flatten().tolist() == [0.625, 1.9375, 0.59375]
 
 
 def test_izhikevich_by_hand() -> None:

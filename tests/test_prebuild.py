@@ -168,10 +168,11 @@ def test_choices_cover_what_calls_look_up(monkeypatch, target, name, dtype):
         return Launched()
 
     monkeypatch.setattr(engine, "load_kernel", look_up)
-    front = importlib.import_module("neuronjit.multistep")
-    calls = importlib.import_module("neuronjit.calls")
-    monkeypatch.setattr(calls, "choose_target", lambda *_: target)
-    monkeypatch.setattr(front, "_plans", {})
+    plan = importlib.import_module("neuronjit.plan")
+    monkeypatch.setattr(plan, "choose_target", lambda *_: target)
+    plans: dict = {}
+    for module in (plan, importlib.import_module("neuronjit.autograd")):
+        monkeypatch.setattr(module, "plans", plans)
     model, erf = nj.neurons.by_name(name), nj.surrogates.by_name("erf")
     params = {}
     if name == "plif":

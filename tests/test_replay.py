@@ -65,19 +65,26 @@ def model(name: str) -> nj.NeuronModel:
     return nj.NeuronModel(name, **replay.EQUATIONS[name])
 
 
+LIKE = {  # a short model with these states: shapes depend on how many there are
+    states: nj.NeuronModel("like", "h = v + x", state=dict.fromkeys(states, 0.0))
+    for states in replay.MODELS
+}
+
+
 @pytest.mark.parametrize("target", ["cuda", "cpu"])
 def test_the_calls_have_every_shape(target: str) -> None:
     """Of kernels with one sequence or none, as `targets` finds them by asking for all sizes."""
-    seen: dict[tuple[str, int, int], set[object]] = {}
+    seen: dict[tuple[str, int, tuple[str, ...]], set[object]] = {}
     for case in replay.cases():
         (states,) = (names for names, models in replay.MODELS.items() if case.model in models)
-        kind = case.direction, ITEMSIZE[case.dtype], len(states)
+        kind = case.direction, ITEMSIZE[case.dtype], states
         sequences = len(case.record or case.arriving)
-        shape = targets.by_name(target).shape(*kind, sequences, case.N, case.T, True)
+        like = LIKE[states]
+        shape = targets.by_name(target).shape(*kind[:2], like, sequences, case.N, case.T, True)
         seen.setdefault(kind, set()).add(shape)
     assert len(seen) == 2 * 3 * 3
-    for kind, shapes in seen.items():
-        assert set(targets.shapes(target, *kind, 1)) <= shapes, kind
+    for (direction, size, states), shapes in seen.items():
+        assert set(targets.shapes(target, direction, size, LIKE[states], 1)) <= shapes, states
 
 
 def test_fewer_calls_cover_all_models_too() -> None:

@@ -155,12 +155,13 @@ class Neuron(torch.nn.Module):
         if isinstance(x, Tensor) and x.is_cuda and not is_compiling() and capturing():
             start = self._hold(start)
         out = self._run(x, start, ("v",) if self.store_v_seq else ())
-        self._memories = dict(out.state)
+        self._memories.update(out.state)  # in place: attributes of modules are slow to set
         self._assigned.clear()
         if self._held:
             self._write_back()
         if self.step_mode == "m":
-            self.v_seq = out.record.get("v")
+            if self.store_v_seq:
+                self.v_seq = out.record["v"]
             return out.spikes
         if self.store_v_seq:
             v = out.record["v"]
@@ -221,17 +222,20 @@ class Neuron(torch.nn.Module):
 
     def reset(self) -> None:
         """Forget the state and the stored sequence."""
-        self._memories = dict.fromkeys(self.model.state)
+        self._memories.update(dict.fromkeys(self.model.state))
         self._assigned.clear()
-        self.v_seq = None
-        self._reset_in_capture = not is_compiling() and capturing()
-        if not self._reset_in_capture and self._held:  # the next replay reads it there
+        if self.v_seq is not None:
+            self.v_seq = None
+        captured = not is_compiling() and capturing()
+        if captured != self._reset_in_capture:
+            self._reset_in_capture = captured
+        if not captured and self._held:  # the next replay reads it there
             for name, value in self.initial_state().items():
                 if isinstance(value, Tensor):
                     self._held[name].copy_(value.detach())
                 else:
                     self._held[name].fill_(value)
-            self._memories |= self._held
+            self._memories.update(self._held)
 
     def detach(self) -> None:
         """Keep the state, cut its gradient: truncated backpropagation through time."""
