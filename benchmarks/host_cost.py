@@ -56,7 +56,7 @@ def inference(x: Tensor, rounds: int) -> dict[str, float]:
 
     def look_up() -> KernelPlan | EagerPlan | None:
         lif = nj.neurons.LIF
-        said = *glance(lif.state, {}, []), *glance(lif.params, params, [])
+        said = glance(lif.state, {}, []), glance(lif.params, params, [])
         return plans.get((lif, surrogate, "hard", False, (), True, "auto", signature(x), *said))
 
     def allocate() -> tuple[Tensor, ...]:

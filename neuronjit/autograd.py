@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import checks
+from . import checks, settings
 from .call import (
     Output,
-    as_backend,
     as_names,
     as_state,
     glance,
@@ -88,12 +87,13 @@ def multistep(
     if type(state) is not dict:
         state = as_state(state)
     if backend is None:
-        backend = as_backend(None)
+        backend = settings.backend()
     tensors: list[Tensor] = []
+    key: tuple[Any, ...]
     try:
         key = (
             model, surrogate, reset, detach_reset, record, final_state, backend, signature(x_seq),
-            *glance(model.state, state, tensors), *glance(model.params, params, tensors),
+            glance(model.state, state, tensors), glance(model.params, params, tensors),
         )  # fmt: skip
         plan = plans.get(key)
     except (

@@ -163,13 +163,15 @@ def tensors_of(values: Values) -> list[Tensor]:
 _ABSENT = object()
 
 
-def glance(names: Iterable[str], given: dict[str, Any], tensors: list[Tensor]) -> list[Any]:
+def glance(names: Iterable[str], given: dict[str, Any], tensors: list[Tensor]) -> tuple[Any, ...]:
     """What `given` says of each name, as part of a key, without any check; collects the tensors.
 
     Raises TypeError where the values are to be normalised first: a name that is not in `names`, or
     a value that is no plain number or tensor and so may be equal to another but mean something else
     (True is 1, an object may have another `__float__` by the next call).
     """
+    if not given:
+        return ()
     said: list[Any] = []
     left = len(given)
     for name in names:
@@ -190,4 +192,4 @@ def glance(names: Iterable[str], given: dict[str, Any], tensors: list[Tensor]) -
         left -= 1
     if left:
         raise TypeError
-    return said
+    return tuple(said)
