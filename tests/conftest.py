@@ -48,6 +48,8 @@ def pytest_collection_modifyitems(items):
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=reason))
     for item in items:
+        if item.get_closest_marker("memory") and "PYTEST_XDIST_WORKER" in os.environ:
+            item.add_marker(pytest.mark.skip(reason="run apart, without -n: pytest -m memory"))
         if marker := item.get_closest_marker("peers"):
             names = marker.args or PEERS
             if missing := [name for name in names if importlib.util.find_spec(name) is None]:

@@ -16,8 +16,8 @@ import neuronjit as nj
 
 def spikingjelly() -> Any:
     """Its models' modules; they import h5py, which nothing here uses."""
-    if importlib.util.find_spec("h5py") is None:
-        sys.modules.setdefault("h5py", types.ModuleType("h5py"))
+    if "h5py" not in sys.modules and importlib.util.find_spec("h5py") is None:
+        sys.modules["h5py"] = types.ModuleType("h5py")
     from spikingjelly.activation_based import functional
     from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet
 

@@ -349,6 +349,7 @@ def test_count(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.cuda
+@pytest.mark.memory
 @pytest.mark.parametrize("numel", [2**31 - 1, 2**31, 2**31 + 8])
 def test_wide_indices_forward_and_backward(numel: int) -> None:
     """The last neurons are as right as the first ones; half precision, one step."""

@@ -309,6 +309,7 @@ def test_incoming_gradients_in_any_layout(device: str) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.slow
+@pytest.mark.memory
 @pytest.mark.parametrize(("steps", "n"), [(1, 2**31 - 1), (1, 2**31 + 8), (2, 2**30 + 8)])
 def test_more_than_two_to_the_31_elements(steps: int, n: int) -> None:
     """Counts and offsets are 64-bit: nothing wraps."""

@@ -11,7 +11,7 @@ from networks import NETWORKS, batches, train
 from support import each_device
 
 pytestmark = [
-    pytest.mark.peers("spikingjelly"),
+    pytest.mark.peers("spikingjelly", "torchvision"),  # its models import that
     pytest.mark.filterwarnings("ignore:.*(TF32|deprecated|isinstance_treespec|online softmax)"),
 ]
 

@@ -188,3 +188,29 @@ def test_gradients_in_any_form(change: Any, device: str) -> None:
         loss = parts[0].square().sum() + parts[1].square().sum() + parts[2].sin().sum()
         grads.append(torch.autograd.grad(loss, x)[0])
     assert torch.equal(*grads)
+
+
+# --- parameters of odd shapes and layouts ---------------------------------------------------------
+
+
+@each_device
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_one_element_of_any_dimension_is_a_number(backend: str, device: str) -> None:
+    x = inputs((5, 4)).to(device)
+    want = nj.multistep("lif", x, tau=1.5, backend=backend).spikes
+    for shape in ((), (1,), (1, 1), (1, 1, 1, 1)):
+        tau = torch.full(shape, 1.5, device=device, requires_grad=True)
+        out = nj.multistep("lif", x, tau=tau, backend=backend)
+        assert torch.equal(out.spikes, want)
+        (grad,) = torch.autograd.grad(out.state["v"].sum(), tau)
+        assert grad.shape == tau.shape and grad.isfinite().all()
+
+
+@each_device
+def test_nested_tensors_are_no_parameters(device: str) -> None:
+    x = inputs((5, 2)).to(device)
+    nested = torch.nested.nested_tensor([torch.ones(1), torch.ones(1)], device=device)
+    for given in (dict(tau=nested), dict(state={"v": nested})):
+        for _ in range(2):
+            with pytest.raises(nj.InputTypeError, match="nested"):
+                nj.multistep("lif", x, **given)

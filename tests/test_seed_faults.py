@@ -141,6 +141,7 @@ def test_the_stream_of_cupy_instead_of_torch() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.slow
+@pytest.mark.memory
 def test_counts_of_32_bits() -> None:
     x = torch.zeros(2, 2**30 + 8, dtype=torch.float16, device="cuda")
     x[1, -3:] = 2.0
