@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 from functools import reduce
 from operator import or_
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,33 +25,6 @@ from .targets.common import steps_between_checkpoints
 from .torch_private import autograd_again, is_zero_tensor
 
 Gradients = list[Tensor | None]
-
-
-class Plan(Protocol):
-    """How to run one call on sequences of one shape, dtype, layout and device.
-
-    `tensors` are those among the values of the call, in the model's order.
-    """
-
-    call: Call
-
-    def prepare(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-        """x and the tensors in the dtype and layout that it reads (differentiably)."""
-
-    def forward(
-        self, x: Tensor, tensors: Sequence[Tensor], save: bool
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Spikes, last states, recorded sequences; and backward's checkpoints, if it needs any."""
-
-    def backward(
-        self,
-        x: Tensor,
-        checkpoints: Tensor | None,
-        tensors: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        wanted: Sequence[bool],
-    ) -> Gradients:
-        """Gradients of x and of each tensor, as far as `wanted`; `grads` are the outputs'."""
 
 
 plans: dict[tuple[Any, ...], KernelPlan | EagerPlan] = {}
@@ -149,7 +122,7 @@ class EagerPlan:
         }
 
     def prepare(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-        """As a plan's: torch's operations take any dtype and layout."""
+        """As a KernelPlan's: torch's operations take any dtype and layout."""
         return x, tensors
 
     def run(self, x: Tensor, tensors: Sequence[Tensor]) -> Output:
@@ -172,7 +145,7 @@ class EagerPlan:
     def forward(
         self, x: Tensor, tensors: Sequence[Tensor], save: bool
     ) -> tuple[list[Tensor], Tensor | None]:
-        """As a plan's; backward runs the equations once more."""
+        """As a KernelPlan's; backward runs the equations once more."""
         out = self.run(x, tensors)
         return [out.spikes, *out.state.values(), *out.record.values()], None
 
@@ -184,7 +157,7 @@ class EagerPlan:
         grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
     ) -> Gradients:
-        """As a plan's: by autograd, from the inputs on."""
+        """As a KernelPlan's: by autograd, from the inputs on."""
         with autograd_again(), torch.enable_grad():
             leaves = [
                 t.detach().requires_grad_(w) for t, w in zip((x, *tensors), wanted, strict=True)
@@ -267,7 +240,7 @@ class KernelPlan:
         self._arrivals: dict[Any, _Arriving] = {}
 
     def prepare(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-        """As a plan's: in the arithmetic dtype, and in the layout of a step of x."""
+        """x and the tensors in the dtype and layout that the kernels read (differentiably)."""
         if self.copies:
             x = x.resolve_neg().contiguous()
         if not self._prepared:
@@ -282,7 +255,10 @@ class KernelPlan:
     def forward(
         self, x: Tensor, tensors: Sequence[Tensor], save: bool
     ) -> tuple[list[Tensor], Tensor | None]:
-        """As a plan's, of a prepared x and prepared tensors."""
+        """Spikes, last states, recorded sequences; and backward's checkpoints, if it needs any.
+
+        x and the tensors are prepared; these are those of the values, in the model's order.
+        """
         spikes = torch.empty_like(x)
         lasts = [self._empty_state() for _ in self.final]
         records = [torch.empty_like(x) for _ in self.call.record]
@@ -309,7 +285,10 @@ class KernelPlan:
         grads: Sequence[Tensor | None],
         wanted: Sequence[bool],
     ) -> Gradients:
-        """As a plan's. Shapes and layouts of everything given are compared with the plan's."""
+        """Gradients of x and of each tensor, as far as `wanted`; `grads` are the outputs'.
+
+        Shapes and layouts of everything given are compared with the plan's.
+        """
         x, tensors = self._as_planned(x, tensors)
         if (checkpoints is None) != (self._saved is None):
             raise SpecError(f"the checkpoints {_CHANGED}")

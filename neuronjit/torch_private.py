@@ -26,8 +26,8 @@ def _no(*_: Any) -> bool:
 
 # the current CUDA stream as an integer and the current device: a fifth of a microsecond each, where
 # torch.cuda's own take eight; builds without CUDA have neither
-current_raw_stream: Callable[[int], int] | None = _named("_C._cuda_getCurrentRawStream", None)
-current_device: Callable[[], int] | None = _named("_C._cuda_getDevice", None)
+current_raw_stream: Any = _named("_C._cuda_getCurrentRawStream", None)
+current_device: Any = _named("_C._cuda_getDevice", None)
 
 # whether vmap, grad, jvp, functionalize, ... of torch.func are at work
 transformed: Callable[[], bool] = _named("_C._are_functorch_transforms_active", _no)

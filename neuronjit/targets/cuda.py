@@ -16,6 +16,7 @@ import torch
 from ..errors import BackendError, CompileError, MissingKernelError, SpecError, known
 from ..neurons import NeuronModel
 from ..source import CUDA_BLOCK
+from ..torch_private import current_device, current_raw_stream
 from .binary import CUBIN, CUDA, cubin_arch, why_not_elf, why_not_ptx
 from .common import (
     MOST_TERMS,
@@ -31,9 +32,6 @@ from .common import (
 # not for these.
 FLAGS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
 LARGE = ("--define-macro=LARGE_",)  # functions that are a page of code are called, not inlined
-# torch's own accessors, in a fifth of a microsecond each; CPU builds have neither
-_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 
 
 def why_unavailable() -> str | None:
@@ -177,7 +175,7 @@ class Kernel:
     def launch(self, packed: bytes, n: int, steps: int) -> None:
         """Queue the kernel on torch's current stream of its device; `packed` is its argument."""
         device = self._device
-        if _current_device() != device:
+        if current_device() != device:
             with torch.cuda.device(device):
                 return self.launch(packed, n, steps)
         if device not in _contexts.devices:
@@ -185,7 +183,7 @@ class Kernel:
         pointer = (ctypes.c_char_p * 1)(packed)  # the driver copies what this points to
         self._launch(
             self._function, -(-n // self._neurons), 1, 1, CUDA_BLOCK, 1, 1, 0,
-            _raw_stream(device), ctypes.addressof(pointer), 0,
+            current_raw_stream(device), ctypes.addressof(pointer), 0,
         )  # fmt: skip
 
 
