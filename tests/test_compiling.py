@@ -361,8 +361,9 @@ CELLS = {
     "TMPDIR is a file": (_file, {"kernel"}),
     "TMPDIR is full": (_full, {"CompileError"}),
     "TMPDIR cannot be written": (_env(TMPDIR="/proc"), {"kernel"}),
+    # the first is said where the compiler has not been asked for its version yet
     "no place for temporary files": (
-        lambda base: setattr(scratch, "_places", list), {"BackendError"}
+        lambda base: setattr(scratch, "_places", list), {"BackendError", "CompileError"}
     ),
     "no home": (_no_home, {"kernel"}),
     "the working directory is gone": (_gone, {"kernel"}),
