@@ -35,8 +35,8 @@ import promises_keys  # noqa: E402
 import promises_places  # noqa: E402
 
 import neuronjit as nj  # noqa: E402
-from neuronjit import engine  # noqa: E402
-from neuronjit.source import KernelSpec  # noqa: E402
+from neuronjit.kernels import build  # noqa: E402
+from neuronjit.kernels.spec import KernelSpec  # noqa: E402
 
 Figures = dict[str, Any]
 
@@ -65,7 +65,7 @@ def p2(base: Path, quick: bool) -> Figures:
         try:
             arch = arch or nj.targets.by_name(target).arch()
             spec = KernelSpec(nj.neurons.LIF, target, "forward", "float32", "hard")
-            entry = engine.build(spec, arch)
+            entry = build.build(spec, arch)
         except nj.NeuronJitError as error:
             total[target] = f"not made here: {str(error).splitlines()[0][:80]}"
             continue

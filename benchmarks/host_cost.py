@@ -21,8 +21,8 @@ from torch import Tensor
 from warm_start import machine
 
 import neuronjit as nj
-from neuronjit.call import glance, signature
-from neuronjit.plan import EagerPlan, KernelPlan, plans
+from neuronjit.run.call import glance, signature
+from neuronjit.run.plan import EagerPlan, KernelPlan, plans
 
 RESULTS = Path(__file__).parent / "results"
 

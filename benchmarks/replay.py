@@ -215,7 +215,10 @@ def source(case: Case, target: str) -> str:
 
 def toolchain() -> dict[str, Any]:
     """How this process's neuronjit compiles: NVRTC's flags, the host compiler's command."""
-    from neuronjit.targets import cpu, cuda
+    try:
+        from neuronjit.kernels.targets import cpu, cuda
+    except ImportError:  # trees before the folders
+        from neuronjit.targets import cpu, cuda  # type: ignore[import-not-found,no-redef]
 
     host = None
     with contextlib.suppress(cpu.BackendError):

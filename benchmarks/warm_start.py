@@ -81,7 +81,7 @@ def child_first(device: str, model: str) -> dict[str, Any]:
         "forward_s": fired - imported,
         "backward_s": done - fired,
         "imports": sorted(new & {"sympy", "jinja2"}),
-        **nj.engine.stats(),
+        **nj.stats(),
     }
 
 
@@ -90,7 +90,8 @@ def child_stages(device: str, model: str) -> dict[str, Any]:
     x = begin(device)
     start = finish(device)
     import neuronjit as nj
-    from neuronjit import cache, engine, source, targets
+    from neuronjit.cache import store
+    from neuronjit.kernels import build, spec, targets
 
     spent = {"import neuronjit": 1e3 * (finish(device) - start)}
 
@@ -110,8 +111,8 @@ def child_stages(device: str, model: str) -> dict[str, Any]:
     target = targets.by_name(device)
     spent["import the target"] = 1e3 * (time.perf_counter() - start)
     watch("ask the compiler its version", target, "fingerprint")
-    watch("digest what would render", source, "_renderer")
-    watch("read and verify the kernel", cache, "load")
+    watch("digest what would render", spec, "_renderer")
+    watch("read and verify the kernel", store, "load")
     watch("load the binary", target, "load")
     start = finish(device)
     nj.multistep(nj.neurons.by_name(model), x)
@@ -121,7 +122,7 @@ def child_stages(device: str, model: str) -> dict[str, Any]:
     spent["run it"] = 1e3 * (again - first)
     known = sum(spent.values()) - spent["import neuronjit"] - spent["import the target"]
     spent["the rest of the first call"] = 1e3 * (first - start) - known
-    engine.stats()
+    build.stats()
     return {"stages": spent}
 
 
@@ -133,7 +134,7 @@ def child_lookup(device: str, model: str) -> dict[str, Any]:
     import torch
 
     import neuronjit as nj
-    from neuronjit import engine
+    from neuronjit.kernels import build
 
     front = importlib.import_module("neuronjit.multistep")
     x = x[:, :64].detach()
@@ -147,11 +148,11 @@ def child_lookup(device: str, model: str) -> dict[str, Any]:
             return front._plans.get((*parts,))
 
         assert find_plan() is plan
-        (spec, index), kernel = next(iter(engine._kernels.items()))
-        assert engine.load_kernel(spec, index) is kernel
+        (spec, index), kernel = next(iter(build._kernels.items()))
+        assert build.load_kernel(spec, index) is kernel
         return {
             "lookup_us": 1e6 * each(find_plan),
-            "load_kernel_us": 1e6 * each(lambda: engine.load_kernel(spec, index)),
+            "load_kernel_us": 1e6 * each(lambda: build.load_kernel(spec, index)),
             "call_us": 1e6 * each(call, 200),
         }
 
@@ -169,17 +170,17 @@ def each(call: Callable[[], Any], number: int = 5000) -> float:
 
 def child_compile(device: str, model: str) -> dict[str, Any]:
     """Seconds to build forward and backward for a GPU that is not here."""
-    from neuronjit import engine, prebuild
+    from neuronjit.kernels import ahead, build
 
     took = {}
-    chosen = prebuild.choices([model], "cuda", surrogates=["atan"])
+    chosen = ahead.choices([model], "cuda", surrogates=["atan"])
     for direction in ("forward", "backward"):
         spec = next(s for s in chosen if s.direction == direction and s.steps == 16 and s.prefetch)
-        engine.targets.by_name("cuda").fingerprint("sm_90")  # imports CuPy
+        build.targets.by_name("cuda").fingerprint("sm_90")  # imports CuPy
         start = time.perf_counter()
-        engine.build(spec, "sm_90")
+        build.build(spec, "sm_90")
         took[f"{direction}_s"] = time.perf_counter() - start
-    return {**took, **engine.stats()}
+    return {**took, **build.stats()}
 
 
 # --- in this process -----------------------------------------------------------------------------
@@ -299,7 +300,7 @@ def page(results: dict[str, Any]) -> str:
                 "Torch alone is up after {torch_alone_s:.2f} s, the first spikes are there after"
                 " {first_spikes_s:.2f} s (medians of {rounds} processes each, in turn); the worst"
                 " warm start took {warm_ms_worst:.0f} ms. The first gradient takes"
-                " {first_gradient_ms:.1f} ms more. `engine.load_kernel` of a spec that it has:"
+                " {first_gradient_ms:.1f} ms more. `build.load_kernel` of a spec that it has:"
                 " {load_kernel_us:.2f} us; a whole warm call on 16 x 64 numbers:"
                 " {call_us:.1f} us.".format(**found),
                 "",

@@ -288,7 +288,7 @@ def arguments(description, epochs):
 
 def report(device):
     """Which target ran, and where its kernels came from."""
-    kernels = nj.engine.stats()
+    kernels = nj.stats()
     target = f"{device} kernels" if sum(kernels.values()) else "none, eager PyTorch"
     where = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores"
     print(f"target: {target} on {where}; PyTorch {torch.__version__}")

@@ -91,7 +91,7 @@ def run(args, device):
             right = accuracy(net.module, *test, encode)
             seconds = time.perf_counter() - start
             print(f"epoch {epoch:2}  loss {loss:.3f}  test accuracy {right:6.2%}  {seconds:.2f} s")
-    kernels = nj.engine.stats()
+    kernels = nj.stats()
     print(
         f"rank {dist.get_rank()} of {dist.get_world_size()} on {device}:"
         f" {kernels['compiled']} kernels compiled, {kernels['loaded']} loaded"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from . import engine, functional, neuron_kernel, neurons, nn, surrogates
-from .autograd import Output, multistep
+from . import neuron_kernel, neurons, nn, surrogates
 from .errors import (
     BackendError,
     BundleError,
@@ -16,6 +15,9 @@ from .errors import (
     SpecError,
 )
 from .export import render, save_cuda_codes
+from .kernels.build import stats
+from .models.model import NeuronModel
+from .models.surrogate import Surrogate
 from .neuron_kernel import (
     multistep_eif_ptt,
     multistep_if_ptt,
@@ -24,8 +26,7 @@ from .neuron_kernel import (
     multistep_plif_ptt,
     multistep_qif_ptt,
 )
-from .neurons import NeuronModel
-from .surrogates import Surrogate
+from .run.autograd import Output, multistep
 
 __version__ = "0.1.0"
 
@@ -42,8 +43,6 @@ __all__ = [
     "Output",
     "SpecError",
     "Surrogate",
-    "engine",
-    "functional",
     "multistep",
     "multistep_eif_ptt",
     "multistep_if_ptt",
@@ -56,5 +55,6 @@ __all__ = [
     "nn",
     "render",
     "save_cuda_codes",
+    "stats",
     "surrogates",
 ]

@@ -19,17 +19,18 @@ from typing import Any
 
 import torch
 
-from . import bundle, cache, engine, housekeeping, manifest, prebuild, targets
-from .cachedir import search_path, user_dir
+from .cache import admin, bundles, store
+from .cache.folders import search_path, user_dir
 from .errors import InputTypeError, NeuronJitError, SpecError
+from .kernels import ahead, build, manifest, targets
+from .kernels.spec import STORAGE, TARGETS
 from .settings import CacheWarning
-from .source import STORAGE, TARGETS
 from .terminal import ask, complain, in_bytes, progress, say, say_json, say_lines, table
 
 FOUND, USAGE, INTERRUPTED = 1, 2, 130
 _LIBRARIES = ("torch", "jinja2", "platformdirs", "cupy-cuda12x", "cupy-cuda13x", "cupy")
 _SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 604800}
-_CHOICES = list(prebuild.choices.__kwdefaults__ or ())  # options that it takes by these names
+_CHOICES = list(ahead.choices.__kwdefaults__ or ())  # options that it takes by these names
 
 
 def _path(args: argparse.Namespace) -> int:  # as all commands, it returns the exit code
@@ -41,7 +42,7 @@ def _path(args: argparse.Namespace) -> int:  # as all commands, it returns the e
 def _info(args: argparse.Namespace) -> int:
     """The page to paste into a bug report."""
     cpu, cuda = targets.by_name("cpu"), targets.by_name("cuda")
-    about = [("neuronjit", engine.version()), ("python", platform.python_version())]
+    about = [("neuronjit", build.version()), ("python", platform.python_version())]
     for library in _LIBRARIES:
         with suppress(metadata.PackageNotFoundError):
             about.append((library, metadata.version(library)))
@@ -54,7 +55,7 @@ def _info(args: argparse.Namespace) -> int:
     about += [("gpu", f"{torch.cuda.get_device_name(i)} {cuda.arch(i)}") for i in gpus]
     switches = sorted(name for name in os.environ if name.startswith("NEURONJIT_") or name == "CXX")
     about += [(name, os.environ[name]) for name in switches]
-    directories = housekeeping.directories()
+    directories = admin.directories()
     if args.json:
         say_json({"about": about, "directories": [asdict(found) for found in directories]})
         return 0
@@ -77,7 +78,7 @@ def _compiler(target: Any, arch: str) -> str:
 
 
 def _list(args: argparse.Namespace) -> int:
-    found = sorted(housekeeping.entries(), key=lambda e: (str(e.meta.get("symbol")), e.key))
+    found = sorted(admin.entries(), key=lambda e: (str(e.meta.get("symbol")), e.key))
     if args.json:
         say_json([asdict(entry) for entry in found])
         return 0
@@ -103,7 +104,7 @@ def _date(seconds: float) -> str:
 
 def _show(args: argparse.Namespace) -> int:
     (key,) = _keys([args.key])
-    entry = cache.load(key)
+    entry = store.load(key)
     if entry is None:
         raise NeuronJitError(f"kernel {key} cannot be used; `neuronjit-cache verify` says why")
     if args.json:
@@ -115,7 +116,7 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _stats(args: argparse.Namespace) -> int:
-    found = housekeeping.stats()
+    found = admin.stats()
     del found["this process"]  # that is this command, which runs no kernel
     if args.json:
         say_json(found)
@@ -129,7 +130,7 @@ def _stats(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    checked, findings = housekeeping.verify(fix=args.fix)
+    checked, findings = admin.verify(build.why_no_kernel, fix=args.fix)
     if findings and not args.json:
         rows = [(f.key or f.path, f.why, "removed" if f.removed else "") for f in findings]
         table(("kernel or directory", "why it is not used", ""), rows)
@@ -141,14 +142,14 @@ def _verify(args: argparse.Namespace) -> int:
 def _clear(args: argparse.Namespace) -> int:
     user = user_dir()
     if not (args.older_than or args.neurons or args.stale_only or args.yes):
-        sizes = [entry.size for entry in housekeeping.entries() if entry.path == user]
+        sizes = [entry.size for entry in admin.entries() if entry.path == user]
         if not ask(f"Delete all {len(sizes)} kernels ({in_bytes(sum(sizes))}) in {user}?"):
             complain("nothing was deleted; --yes does it without asking")
             return FOUND
-    version = engine.version() if args.stale_only else None
+    version = build.version() if args.stale_only else None
     kernels = size = 0
     for model in args.neurons or [None]:
-        done = housekeeping.clear(older_than=args.older_than, model=model, stale_for=version)
+        done = admin.clear(older_than=args.older_than, model=model, stale_for=version)
         kernels, size = kernels + done[0], size + done[1]
     data = {"kernels": kernels, "bytes": size, "directory": user}
     say(args.json, data, f"deleted {kernels} kernels ({in_bytes(size)}) in {user}")
@@ -156,14 +157,14 @@ def _clear(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    done = bundle.export_bundle(args.file, keys=_keys(args.keys) if args.keys else None)
+    done = bundles.export_bundle(args.file, keys=_keys(args.keys) if args.keys else None)
     words = f"exported {done.kernels} kernels to {done.path}, {done.skipped} unsound ones left out"
     say(args.json, asdict(done), f"{words}\nSHA-256 {done.sha256}")
     return FOUND if done.skipped or not done.kernels else 0
 
 
 def _import(args: argparse.Namespace) -> int:
-    done = bundle.import_bundle(args.file, trust=args.trust, sha256=args.sha256, to=args.to)
+    done = bundles.import_bundle(args.file, trust=args.trust, sha256=args.sha256, to=args.to)
     words = f"imported {done.kernels} kernels into {done.path}, {done.skipped} were there"
     say(args.json, asdict(done), f"{words}\nSHA-256 {done.sha256}")
     return 0
@@ -173,14 +174,14 @@ def _prebuild(args: argparse.Namespace) -> int:
     options = {name: value for name in _CHOICES if (value := getattr(args, name))}
     if not args.neurons and (options or not args.manifest):
         raise SpecError("say what to build: --neuron NAME and its options, or --manifest FILE")
-    chosen = partial(prebuild.choices, args.neurons or (), **options)
+    chosen = partial(ahead.choices, args.neurons or (), **options)
     wanted = manifest.read(args.manifest) if args.manifest else ()
-    work = prebuild.jobs(wanted, chosen, args.targets or (), args.archs or ())
-    start, before = time.perf_counter(), engine.stats()
+    work = ahead.jobs(wanted, chosen, args.targets or (), args.archs or ())
+    start, before = time.perf_counter(), build.stats()
     with progress(len(work)) as advance:
-        built, failed = prebuild.build(work, args.jobs, advance)
-    seconds, after = time.perf_counter() - start, engine.stats()
-    there = {entry.key: entry.size for entry in housekeeping.entries() if not entry.problem}
+        built, failed = ahead.build_all(work, args.jobs, advance)
+    seconds, after = time.perf_counter() - start, build.stats()
+    there = {entry.key: entry.size for entry in admin.entries() if not entry.problem}
     keys = {entry.key for entry in built}
     if lost := keys - there.keys():
         complain(f"{len(lost)} kernels could not be kept; see `neuronjit-cache info`")
@@ -196,7 +197,7 @@ def _prebuild(args: argparse.Namespace) -> int:
 
 def _keys(prefixes: Iterable[str]) -> list[str]:
     """The full key that each prefix begins. Raises NeuronJitError if none does, or several do."""
-    there, chosen = {entry.key for entry in housekeeping.entries()}, []
+    there, chosen = {entry.key for entry in admin.entries()}, []
     for prefix in prefixes:
         found = sorted(key for key in there if key.startswith(prefix.lower()))
         if len(found) != 1:

@@ -14,7 +14,7 @@ class SpecError(NeuronJitError, ValueError):
 
 
 class EquationError(SpecError):
-    """Equations that are not in the language of `neuronjit.expressions`."""
+    """Equations that are outside the language of the equations (docs/equations.md)."""
 
 
 class InputTypeError(NeuronJitError, TypeError):

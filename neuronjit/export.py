@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import neurons, targets
+from . import neurons
 from .errors import SpecError, known
-from .neurons import NeuronModel
-from .rendering import render_specs
-from .source import ITEMSIZE, KernelSpec
+from .kernels import targets
+from .kernels.render import render_specs
+from .kernels.spec import ITEMSIZE, KernelSpec
+from .models.model import NeuronModel
 from .surrogates import ATan
 
 

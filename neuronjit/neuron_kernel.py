@@ -12,10 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import functional
+from . import neurons
 from .export import save_cuda_codes as save_cuda_codes  # part of the seed's interface
+from .models.model import NeuronModel
+from .run.autograd import Output, multistep
 
 Number = float | Tensor
+
+
+def _run(
+    model: NeuronModel,
+    x_seq: Tensor,
+    record: tuple[str, ...],
+    detach_reset: bool,
+    surrogate_function: Any,
+    state: dict[str, Number],
+    params: dict[str, Any],
+) -> Output:
+    return multistep(
+        model, x_seq, state, surrogate=surrogate_function, detach_reset=detach_reset,
+        record=record, **params,
+    )  # fmt: skip
 
 
 def multistep_if_ptt(
@@ -27,9 +44,9 @@ def multistep_if_ptt(
     surrogate_function: Any,
 ) -> tuple[Tensor, Tensor]:
     """Integrate-and-fire. Returns (spike_seq, v_seq)."""
-    out = functional.if_(
-        x_seq, v_init, v_threshold=v_threshold, v_reset=v_reset,
-        detach_reset=detach_reset, surrogate=surrogate_function, record=("v",),
+    out = _run(
+        neurons.IF, x_seq, ("v",), detach_reset, surrogate_function, dict(v=v_init),
+        dict(v_threshold=v_threshold, v_reset=v_reset),
     )  # fmt: skip
     return out.spikes, out.record["v"]
 
@@ -45,9 +62,10 @@ def multistep_lif_ptt(
     surrogate_function: Any,
 ) -> tuple[Tensor, Tensor]:
     """Leaky integrate-and-fire. Returns (spike_seq, v_seq)."""
-    out = functional.lif(
-        x_seq, v_init, tau=tau, decay_input=decay_input, v_threshold=v_threshold, v_reset=v_reset,
-        detach_reset=detach_reset, surrogate=surrogate_function, record=("v",),
+    model = neurons.LIF if decay_input else neurons.LIF_NO_DECAY
+    out = _run(
+        model, x_seq, ("v",), detach_reset, surrogate_function, dict(v=v_init),
+        dict(tau=tau, v_threshold=v_threshold, v_reset=v_reset),
     )  # fmt: skip
     return out.spikes, out.record["v"]
 
@@ -63,10 +81,10 @@ def multistep_plif_ptt(
     surrogate_function: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Parametric LIF. Returns (spike_seq, v_seq, reciprocal_tau), the last as it was passed."""
-    out = functional.plif(
-        x_seq, v_init, reciprocal_tau=reciprocal_tau, decay_input=decay_input,
-        v_threshold=v_threshold, v_reset=v_reset,
-        detach_reset=detach_reset, surrogate=surrogate_function, record=("v",),
+    model = neurons.PLIF if decay_input else neurons.PLIF_NO_DECAY
+    out = _run(
+        model, x_seq, ("v",), detach_reset, surrogate_function, dict(v=v_init),
+        dict(reciprocal_tau=reciprocal_tau, v_threshold=v_threshold, v_reset=v_reset),
     )  # fmt: skip
     return out.spikes, out.record["v"], reciprocal_tau
 
@@ -84,10 +102,9 @@ def multistep_qif_ptt(
     surrogate_function: Any,
 ) -> tuple[Tensor, Tensor]:
     """Quadratic integrate-and-fire. Returns (spike_seq, v_seq)."""
-    out = functional.qif(
-        x_seq, v_init, tau=tau, v_c=v_c, a0=a0,
-        v_threshold=v_threshold, v_rest=v_rest, v_reset=v_reset,
-        detach_reset=detach_reset, surrogate=surrogate_function, record=("v",),
+    out = _run(
+        neurons.QIF, x_seq, ("v",), detach_reset, surrogate_function, dict(v=v_init),
+        dict(tau=tau, v_c=v_c, a0=a0, v_threshold=v_threshold, v_rest=v_rest, v_reset=v_reset),
     )  # fmt: skip
     return out.spikes, out.record["v"]
 
@@ -109,10 +126,11 @@ def multistep_izhikevich_ptt(
     surrogate_function: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Izhikevich. Returns (spike_seq, v_seq, w_seq)."""
-    out = functional.izhikevich(
-        x_seq, v_init, w_init, tau=tau, v_c=v_c, a0=a0,
-        v_threshold=v_threshold, v_reset=v_reset, v_rest=v_rest, tau_w=tau_w, a=a, b=b,
-        detach_reset=detach_reset, surrogate=surrogate_function, record=("v", "w"),
+    out = _run(
+        neurons.IZHIKEVICH, x_seq, ("v", "w"), detach_reset, surrogate_function,
+        dict(v=v_init, w=w_init),
+        dict(tau=tau, v_c=v_c, a0=a0, v_threshold=v_threshold, v_reset=v_reset, v_rest=v_rest,
+             tau_w=tau_w, a=a, b=b),
     )  # fmt: skip
     return out.spikes, out.record["v"], out.record["w"]
 
@@ -130,10 +148,10 @@ def multistep_eif_ptt(
     surrogate_function: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Exponential integrate-and-fire. Returns (spike_seq, vv, h_seq); vv starts with v_init."""
-    out = functional.eif(
-        x_seq, v_init, tau=tau, delta_T=delta_T, theta_rh=theta_rh,
-        v_threshold=v_threshold, v_rest=v_rest, v_reset=v_reset,
-        detach_reset=detach_reset, surrogate=surrogate_function, record=("v", "h"),
+    out = _run(
+        neurons.EIF, x_seq, ("v", "h"), detach_reset, surrogate_function, dict(v=v_init),
+        dict(tau=tau, delta_T=delta_T, theta_rh=theta_rh, v_threshold=v_threshold,
+             v_rest=v_rest, v_reset=v_reset),
     )  # fmt: skip
     first = v_init.to(x_seq.dtype) if isinstance(v_init, Tensor) else x_seq.new_tensor(v_init)
     vv = torch.cat([first.expand(x_seq.shape[1:])[None], out.record["v"]])

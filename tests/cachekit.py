@@ -26,7 +26,8 @@ from pathlib import Path
 
 import pytest
 
-from neuronjit import cache, cachedir, cachefile, settings
+from neuronjit import settings
+from neuronjit.cache import entries, folders, store
 
 ROOT = Path(__file__).parent.parent
 FINGERPRINT = {"compiler": "toy 1.0", "flags": "-O3"}
@@ -51,7 +52,7 @@ def request(number):
 
 
 def key(number):
-    return cache.make_key(request(number), FINGERPRINT)
+    return store.make_key(request(number), FINGERPRINT)
 
 
 def toy(number, size=3000, **meta):
@@ -59,7 +60,7 @@ def toy(number, size=3000, **meta):
     meta = {"request": request(number), "fingerprint": FINGERPRINT, "target": "cpu", **meta}
     meta = {"arch": "toy", "model": "lif", "symbol": f"toy_{number}", **meta}
     binary = hashlib.shake_256(f"binary {number}".encode()).digest(size)
-    return cache.Entry(key(number), meta, f"// toy {number}\n" * 50, binary)
+    return store.Entry(key(number), meta, f"// toy {number}\n" * 50, binary)
 
 
 def right(entry, number):
@@ -83,14 +84,14 @@ def get(number, size=3000, built=None, pause=0.0):
         time.sleep(pause)
         return toy(number, size)
 
-    return cache.load_or_build(key(number), build)
+    return store.load_or_build(key(number), build)
 
 
 def forget():
     """Makes this process as good as new to the cache."""
-    for memory in (cache._memory, cache._counts, cache._known, cache._unlisted, settings._warned):
+    for memory in (store._memory, store._counts, store._known, store._unlisted, settings._warned):
         memory.clear()
-    for known in (cachedir._stand_in, cachedir._private_group):
+    for known in (folders._stand_in, folders._private_group):
         known.cache_clear()
 
 
@@ -105,7 +106,7 @@ def use(directory, *sites):
 def put(number, directory, size=3000, mode=0o600, data=None):
     """Writes a kernel as a stranger to the library would, in no time."""
     path = Path(directory, key(number))
-    path.write_bytes(cachefile.encode(toy(number, size)) if data is None else data)
+    path.write_bytes(entries.encode(toy(number, size)) if data is None else data)
     path.chmod(mode)
     return path
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from support import check, inputs, quotients, starts
 
-from neuronjit import rendering, source
-from neuronjit.targets import cpu, cuda
+from neuronjit.kernels import render, spec
+from neuronjit.kernels.targets import cpu, cuda
 
 SHIM = """
 #include <cmath>
@@ -65,10 +65,10 @@ def shape(direction, itemsize, model, sequences, n, steps, aligned):
 
 def main(model, dtype, *steps):
     with tempfile.TemporaryDirectory(prefix="neuronjit-tests-") as folder:
-        templates = shutil.copytree(source.templates(), Path(folder, "templates"))
-        (templates / "target_cpu.h.j2").write_text(header(source.templates()))
-        source.templates = rendering.templates = lambda: templates
-        rendering.KEEP_RECIPROCALS = ("cpu",)
+        templates = shutil.copytree(spec.templates(), Path(folder, "templates"))
+        (templates / "target_cpu.h.j2").write_text(header(spec.templates()))
+        spec.templates = render.templates = lambda: templates
+        render.KEEP_RECIPROCALS = ("cpu",)
         cpu.shape = shape
         cpu.FLAGS = tuple("-O0" if flag == "-O3" else flag for flag in cpu.FLAGS)
         if model == "quotients":

@@ -39,7 +39,7 @@ from cachekit import (
     use,
 )
 
-from neuronjit import cache, cachedir, cachefile, cachelock, housekeeping
+from neuronjit.cache import admin, entries, folders, locks, store
 
 ERRORS = ["EIO", "ENOSPC", "EDQUOT", "EROFS", "EACCES"]
 ERRORS += ["ESTALE", "EBUSY", "ENOLCK", "ENOSYS", "EMFILE"]
@@ -101,7 +101,7 @@ def p2_flips(directory, entry, offsets=None, random_flips=200, heal_every=100):
     use(directory)
     path = Path(directory, entry.key)
     other = toy(10**6, len(entry.binary))
-    sound, tried, accepted, healed, heals = cachefile.encode(entry), 0, 0, 0, 0
+    sound, tried, accepted, healed, heals = entries.encode(entry), 0, 0, 0, 0
     Path(directory).mkdir(exist_ok=True, mode=0o700)
     path.write_bytes(sound)
     path.chmod(0o600)
@@ -110,11 +110,11 @@ def p2_flips(directory, entry, offsets=None, random_flips=200, heal_every=100):
     def attempt():
         nonlocal tried, accepted, healed, heals
         tried += 1
-        accepted += cache.load(entry.key) is not None
+        accepted += store.load(entry.key) is not None
         if tried % heal_every == 0:
             heals += 1
-            made = cache.load_or_build(entry.key, lambda: entry)
-            loaded = cache.load(entry.key)
+            made = store.load_or_build(entry.key, lambda: entry)
+            loaded = store.load(entry.key)
             healed += made is entry and loaded is not None and loaded.binary == entry.binary
             path.write_bytes(sound)
 
@@ -136,10 +136,10 @@ def p2_flips(directory, entry, offsets=None, random_flips=200, heal_every=100):
             attempt()
         path.write_bytes(sound + b"\0")
         attempt()
-        path.write_bytes(cachefile.encode(other))  # sound, but another kernel's
+        path.write_bytes(entries.encode(other))  # sound, but another kernel's
         attempt()
         path.write_bytes(sound)
-        whole = cache.load(entry.key) == entry
+        whole = store.load(entry.key) == entry
     return {
         "bytes": len(sound),
         "tried": tried,
@@ -156,7 +156,7 @@ def _after_death(directory, numbers):
     with heard():
         good = all(right(get(number), number) for number in numbers)
     seconds = time.monotonic() - start
-    return good, seconds, len(housekeeping.verify()[1])
+    return good, seconds, len(admin.verify()[1])
 
 
 def _swept(directory):
@@ -314,11 +314,11 @@ def p7_holders(directory, timeout=1.0):
                 started.write_text(str(child))
                 time.sleep(timeout + 60)
 
-            cache.load_or_build(key(1), build)
+            store.load_or_build(key(1), build)
 
         def wait():
             with (
-                patched(cachelock, TIMEOUT_S=timeout, TELL_AFTER_S=min(5.0, timeout / 4)),
+                patched(locks, TIMEOUT_S=timeout, TELL_AFTER_S=min(5.0, timeout / 4)),
                 cachekit.logged() as lines,
             ):
                 start = time.monotonic()
@@ -411,23 +411,23 @@ def _library(code, number):
     """The same with another answer: what it takes the compiler 0.1 s to make."""
     entry = toy(number)
     code = code.replace(struct.pack("<i", 0x11223344), struct.pack("<i", number))
-    return cachefile.Entry(entry.key, entry.meta, entry.source, code)
+    return entries.Entry(entry.key, entry.meta, entry.source, code)
 
 
 def p9_many(directory, kernels):
     """Many shared objects in one process, evicted and loaded again: which one answers?"""
-    from neuronjit.targets.cpu import _dlopen
+    from neuronjit.kernels.targets.cpu import _dlopen
 
     code = shared_object(directory)
     use(Path(directory, "cache"))
     wrong, before, libraries = 0, len(os.listdir("/proc/self/fd")), []
     for turn in range(2):
         for number in range(kernels):
-            entry = cache.load_or_build(key(number), lambda number=number: _library(code, number))
+            entry = store.load_or_build(key(number), lambda number=number: _library(code, number))
             libraries.append(_dlopen(entry.binary))
             wrong += libraries[-1].answer() != number
         if turn == 0:
-            housekeeping.clear()
+            admin.clear()
             cachekit.forget()
     wrong += sum(library.answer() != n % kernels for n, library in enumerate(libraries))
     after = len(os.listdir("/proc/self/fd"))
@@ -436,12 +436,12 @@ def p9_many(directory, kernels):
 
 def p16_cost(directory, times=200):
     """The first load of a 32 KB kernel in a process, in microseconds: medians."""
-    from neuronjit.targets.cpu import _dlopen
+    from neuronjit.kernels.targets.cpu import _dlopen
 
     code = shared_object(directory)
     use(Path(directory, "cache"))
     entry = _library(code, 1)
-    cache.load_or_build(entry.key, lambda: entry)
+    store.load_or_build(entry.key, lambda: entry)
     stored = Path(directory, "cache", entry.key).read_bytes()
 
     def median(work):
@@ -454,10 +454,10 @@ def p16_cost(directory, times=200):
 
     return {
         "bytes": len(stored),
-        "open, judge, read, check": median(lambda: cache.load(entry.key)),
+        "open, judge, read, check": median(lambda: store.load(entry.key)),
         "of this SHA-256": median(lambda: hashlib.sha256(stored).digest()),
         "memfd and dlopen": median(lambda: _dlopen(entry.binary)),
-        "all": median(lambda: _dlopen(cache.load(entry.key).binary)),
+        "all": median(lambda: _dlopen(store.load(entry.key).binary)),
     }
 
 
@@ -484,7 +484,7 @@ def p12_cap(directory, cap, writers, seconds, size=33_000):
         cleared = 0
         while time.monotonic() < end:
             time.sleep(seconds / 5)
-            cleared += housekeeping.clear()[0]
+            cleared += admin.clear()[0]
         return cleared
 
     children = [Child(write, index) for index in range(writers)]
@@ -492,7 +492,7 @@ def p12_cap(directory, cap, writers, seconds, size=33_000):
     most = 0
     try:
         while time.monotonic() < end:
-            with contextlib.suppress(OSError), cachedir.opened(str(place)) as folder:
+            with contextlib.suppress(OSError), folders.opened(str(place)) as folder:
                 most = max(most, sum(st.st_size for _, st in folder.scan()))
             time.sleep(0.02)
         found = [child.finish(60) for child in children]
@@ -527,15 +527,15 @@ def p15_verify(directory, entries, damaged, seed=0):
         elif way % 5 == 2:
             data[:] = bytes(len(data))
         elif way % 5 == 3:
-            data[:] = cachefile.encode(toy(entries + number))
+            data[:] = entries.encode(toy(entries + number))
         else:
             data += b"\0"
         paths[number].write_bytes(data)
     start = time.monotonic()
-    checked, found = housekeeping.verify()
+    checked, found = admin.verify()
     seconds = time.monotonic() - start
     truth = {key(number) for number in chosen}
-    housekeeping.verify(fix=True)
+    admin.verify(fix=True)
     left = set(cachekit.kernel_files(directory))
     return {
         "checked": checked,

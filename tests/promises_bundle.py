@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cachekit import heard, key, put, toy, use
 
-from neuronjit import bundle, cachefile
+from neuronjit.cache import bundles, entries
 from neuronjit.errors import BundleError
 
 
@@ -33,7 +33,7 @@ def tar(*members, kind=tarfile.USTAR_FORMAT):
 def pack(*members):
     """A bundle with these (name, data), as export would write it."""
     blocks = [
-        bundle._header(name, len(data)) + data + bytes(-len(data) % 512) for name, data in members
+        bundles._header(name, len(data)) + data + bytes(-len(data) % 512) for name, data in members
     ]
     return b"".join(blocks) + bytes(1024)
 
@@ -45,10 +45,10 @@ def signed(body):
 
 def _with_source(entry, packed):
     """The entry as a file whose packed source is another; its checksum and key are right."""
-    head, tail = cachefile.encode(entry)[:-32].split(zlib.compress(entry.source.encode()))
-    sizes = cachefile._HEADER.unpack_from(head)
-    meta = head[cachefile._HEADER.size :]
-    head = cachefile._HEADER.pack(*sizes[:3], len(packed), *sizes[4:])
+    head, tail = entries.encode(entry)[:-32].split(zlib.compress(entry.source.encode()))
+    sizes = entries._HEADER.unpack_from(head)
+    meta = head[entries._HEADER.size :]
+    head = entries._HEADER.pack(*sizes[:3], len(packed), *sizes[4:])
     return signed(head + meta + packed + tail)
 
 
@@ -68,7 +68,7 @@ def bombs(number):
 
 def hostile():
     """Archives by what is wrong with them."""
-    good, name = cachefile.encode(toy(1)), key(1)
+    good, name = entries.encode(toy(1)), key(1)
     flipped = good[:500] + bytes([good[500] ^ 1]) + good[501:]
     link = {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}
     hard = {"type": tarfile.LNKTYPE, "linkname": key(2)}
@@ -82,7 +82,7 @@ def hostile():
     huge[124:136] = b"77777777777\0"
     negative = bytearray(pack((name, good)))
     negative[124:136] = b"\xff" * 12  # base 256
-    other = cachefile.encode(toy(2))
+    other = entries.encode(toy(2))
     foreign_key = bytearray(good[:-32])
     foreign_key[28:60] = bytes.fromhex(key(2))
     return {
@@ -103,7 +103,7 @@ def hostile():
         "setuid": bytes(suid),
         "size beyond the end": bytes(huge),
         "negative size": bytes(negative),
-        "kernel of 8 GB": bundle._header(name, (8 << 30) - 1) + good,
+        "kernel of 8 GB": bundles._header(name, (8 << 30) - 1) + good,
         "compressed": gzip.compress(pack((name, good))),
         "source that unpacks to 256 MB": pack((name, _bomb())),
         "wrong digest": pack((name, flipped)),
@@ -123,8 +123,8 @@ def p14_bundles(directory, kernels=50):
     use(source)
     source.mkdir(mode=0o700)
     files = {key(number): put(number, source).read_bytes() for number in range(kernels)}
-    carried = bundle.export_bundle(str(out))
-    bundle.import_bundle(str(out), sha256=carried.sha256, to=str(target))
+    carried = bundles.export_bundle(str(out))
+    bundles.import_bundle(str(out), sha256=carried.sha256, to=str(target))
     same = sum((target / name).read_bytes() == data for name, data in files.items())
     archives = hostile()
     refused, escaped, files_before = 0, 0, _everything(directory)
@@ -134,7 +134,7 @@ def p14_bundles(directory, kernels=50):
         into = Path(directory, "into")
         try:
             with heard():
-                bundle.import_bundle(str(bad), trust=True, to=str(into))
+                bundles.import_bundle(str(bad), trust=True, to=str(into))
         except BundleError as error:
             refused += str(bad) in str(error)
         bad.unlink()
@@ -159,7 +159,7 @@ def fuzz(times, seed=0):
     """Malformed files with the right checksum, so that every check behind it is reached."""
     generator = random.Random(seed)
     entry = toy(1, size=50)
-    body = cachefile.encode(entry)[:-32]
+    body = entries.encode(entry)[:-32]
     outcomes = {"refused": 0, "as it was": 0, "wrong": 0}
     for _ in range(times):
         data = bytearray(body)
@@ -173,9 +173,9 @@ def fuzz(times, seed=0):
             else:
                 data[at : at + 4] = generator.choice((b"\xff" * 4, bytes(4), b"[[[[", b'"}{"'))
         try:
-            cachefile.read_meta(bytes(data))
-            found = cachefile.decode(signed(bytes(data)), entry.key)
-        except cachefile.Damaged:
+            entries.read_meta(bytes(data))
+            found = entries.decode(signed(bytes(data)), entry.key)
+        except entries.Damaged:
             outcomes["refused"] += 1
         else:
             # who can write checksums can write code: what must not be is a crash or another key

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import pkgutil
 import platform
 import shutil
 import subprocess
@@ -15,9 +14,10 @@ from pathlib import Path
 from cachekit import ROOT, patched
 
 import neuronjit as nj
-from neuronjit import cache, cachefile, source
-from neuronjit.source import KernelSpec
-from neuronjit.targets import cpu
+from neuronjit.cache import entries, store
+from neuronjit.kernels import spec as spec_module
+from neuronjit.kernels.spec import KernelSpec
+from neuronjit.kernels.targets import cpu
 
 TOOLCHAIN = {"arch": "x86-64-v3", "compiler": "g++ 12.2", "flags": "-O3", "abi": "glibc 2.36"}
 
@@ -40,12 +40,12 @@ def specs(number=200):
 
 
 def keys():
-    return [cache.make_key(spec.request, TOOLCHAIN) for spec in specs()]
+    return [store.make_key(spec.request, TOOLCHAIN) for spec in specs()]
 
 
 def p10_keys(directory):
     """200 specs in three processes; then every input of a key changed, one at a time."""
-    source._renderer.cache_clear()  # as new processes see the files
+    spec_module._renderer.cache_clear()  # as new processes see the files
     here = keys()
     code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}\n"
     code += "import promises_keys\nprint(*promises_keys.keys())"
@@ -71,32 +71,32 @@ def p10_keys(directory):
 
 
 def _changed(directory):
-    source._renderer.cache_clear()
+    spec_module._renderer.cache_clear()
     spec = KernelSpec(nj.neurons.LIF, "cpu", "backward", "float32", "hard", nj.surrogates.ATan())
-    before = cache.make_key(spec.request, TOOLCHAIN)
+    before = store.make_key(spec.request, TOOLCHAIN)
 
     def request():
-        source._renderer.cache_clear()
+        spec_module._renderer.cache_clear()
         return dataclasses.replace(spec).request
 
-    copy = Path(shutil.copytree(source.templates(), Path(directory, "templates")))
-    with patched(source, templates=lambda: copy):
+    copy = Path(shutil.copytree(spec_module.templates(), Path(directory, "templates")))
+    with patched(spec_module, templates=lambda: copy):
         assert request() == spec.request
         for template in sorted(copy.iterdir()):
             text = template.read_bytes()
             template.write_bytes(text[:-1] + b" ")
             yield template.name, request() != spec.request
             template.write_bytes(text)
-    get_data = pkgutil.get_data
-    for code in source.RENDERERS:
-
-        def altered(package, name, code=code):
-            data = get_data(package, name)
-            return data + b"#" if name == code else data
-
-        with patched(pkgutil, get_data=altered):
-            yield code, request() != spec.request
-    source._renderer.cache_clear()
+    package = Path(shutil.copytree(spec_module.PACKAGE, Path(directory, "package")))
+    with patched(spec_module, PACKAGE=package, templates=lambda: copy):
+        assert request() == spec.request
+        for folder in spec_module.RENDERERS:
+            for code in sorted((package / folder).rglob("*.py")):
+                text = code.read_bytes()
+                code.write_bytes(text + b"#")
+                yield f"{folder}/{code.name}", request() != spec.request
+                code.write_bytes(text)
+    spec_module._renderer.cache_clear()
     equations = "h = v + (x - v) / tau"
     mine = nj.NeuronModel("mine", equations, state={"v": 0.0}, params={"tau": 2.0})
     other = nj.NeuronModel("mine", equations + " + 0", state={"v": 0.0}, params={"tau": 2.0})
@@ -126,9 +126,9 @@ def _changed(directory):
     yield "spec: direction", smooth[0] != smooth[1]
     for name, value in TOOLCHAIN.items():
         toolchain = {**TOOLCHAIN, name: value + "a"}  # sm_90 and sm_90a are two as well
-        yield f"toolchain: {name}", cache.make_key(spec.request, toolchain) != before
-    with patched(cachefile, SCHEMA=cachefile.SCHEMA + 1):
-        yield "schema", cache.make_key(spec.request, TOOLCHAIN) != before
+        yield f"toolchain: {name}", store.make_key(spec.request, toolchain) != before
+    with patched(entries, SCHEMA=entries.SCHEMA + 1):
+        yield "schema", store.make_key(spec.request, TOOLCHAIN) != before
     if platform.machine() != "x86_64":
         return
     archs = set()

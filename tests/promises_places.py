@@ -16,7 +16,7 @@ import cachekit
 from cachekit import ALICE, MALLORY, Child, crowd, get, key, patched, put, right, toy, use
 from promises import compiles
 
-from neuronjit import cache, cachedir, cachefile, cachelock, housekeeping
+from neuronjit.cache import admin, entries, folders, locks, store
 
 NOBODY = 65534
 MS_RDONLY, MS_NOEXEC, MS_REMOUNT, MS_REC, MS_PRIVATE = 1, 8, 32, 1 << 14, 1 << 18
@@ -95,7 +95,7 @@ def p6_environment(directory, name):
         size = 9000  # more than a disk of 8 KB takes
         if uid == 0:
             enter(place)
-        with patched(cachelock, TIMEOUT_S=5.0):
+        with patched(locks, TIMEOUT_S=5.0):
             good = all(right(get(1, size), 1) for _ in range(2))
         left = cachekit.kernel_files(place) if os.access(place, os.R_OK) else []
         left += [name for name in cachekit.other_files(place) if name.startswith("tmp.")]
@@ -118,7 +118,7 @@ def p11_nodes(directory, nodes=4, processes=4, keys=2, hidden=1.0):
     def work(index):
         node = Path(directory, f"locks-of-node-{index % nodes}")
         use(place)
-        with patched(cachelock, lock_folders=lambda: [str(node)]):
+        with patched(locks, lock_folders=lambda: [str(node)]):
             built = Path(directory, f"built-{index % nodes}")
             return [right(get(number, built=built, pause=0.02), number) for number in range(keys)]
 
@@ -128,19 +128,19 @@ def p11_nodes(directory, nodes=4, processes=4, keys=2, hidden=1.0):
     def lag():
         """A network file system that hides what others published (negative lookups, cached)."""
         use(place)
-        read, start = cachedir.Folder.read, time.monotonic()
+        read, start = folders.Folder.read, time.monotonic()
 
-        def late(self, name, size=cachefile.MAX_ENTRY):
+        def late(self, name, size=entries.MAX_ENTRY):
             if time.monotonic() - start < hidden:
                 raise FileNotFoundError(name)
             return read(self, name, size)
 
-        with patched(cachedir.Folder, read=late):
+        with patched(folders.Folder, read=late):
             own = get(0)
             quick = time.monotonic() - start < hidden
             time.sleep(hidden)
             cachekit.forget()
-            return quick and right(own, 0) and right(cache.load(key(0)), 0)
+            return quick and right(own, 0) and right(store.load(key(0)), 0)
 
     lagging, rebuilt = Child(lag).result(hidden + 60), 0
     for skew in (-86400, 86400):
@@ -153,8 +153,8 @@ def p11_nodes(directory, nodes=4, processes=4, keys=2, hidden=1.0):
             with patched(time, time=lambda: now() - skew):
                 for number in range(keys):
                     get(number)
-                housekeeping.clear(older_than=10 * 86400)
-            return cache.counts().get("builds", 0) + keys - len(cachekit.kernel_files(place))
+                admin.clear(older_than=10 * 86400)
+            return store.counts().get("builds", 0) + keys - len(cachekit.kernel_files(place))
 
         rebuilt += Child(again).result()
     return {
@@ -170,7 +170,7 @@ def p11_nodes(directory, nodes=4, processes=4, keys=2, hidden=1.0):
 def _planted():
     """Code under the right name, with the right checksum, that nobody here compiled."""
     entry = toy(1)
-    return cachefile.encode(cachefile.Entry(entry.key, entry.meta, entry.source, b"planted"))
+    return entries.encode(entries.Entry(entry.key, entry.meta, entry.source, b"planted"))
 
 
 def _acl(path, uid):
@@ -328,11 +328,11 @@ def p13_layout(base, name):
             del os.environ["NEURONJIT_CACHE_DIR"]
 
     def work():
-        folders = cachelock.lock_folders() if locks is None else [locks]
-        with patched(cachelock, lock_folders=lambda: folders):
-            loaded = cache.load(key(1))
+        folders = locks.lock_folders() if locks is None else [locks]
+        with patched(locks, lock_folders=lambda: folders):
+            loaded = store.load(key(1))
             built = get(1)
-            found = cache.find(cachekit.request(1), "cpu", "toy")
+            found = store.find(cachekit.request(1), "cpu", "toy")
         ran = any(e is not None and e.binary == b"planted" for e in (loaded, built, found))
         return ran, right(built, 1)
 
@@ -351,7 +351,7 @@ def p13_swaps(directory, tries):
     use(place)
     planted = put(1, his, data=_planted(), mode=0o644)
     os.chown(planted, MALLORY, MALLORY)
-    sound = put(2, directory, data=cachefile.encode(toy(1)))
+    sound = put(2, directory, data=entries.encode(toy(1)))
 
     def swap():
         for number in itertools.count():
@@ -364,7 +364,7 @@ def p13_swaps(directory, tries):
     try:
         with cachekit.heard():
             while tried < tries or (not loaded and time.monotonic() < end):
-                entry = cache.load(key(1))
+                entry = store.load(key(1))
                 ran += entry is not None and entry.binary == b"planted"
                 loaded += entry is not None
                 tried += 1

@@ -335,9 +335,9 @@ def test_failing_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert "step_" in sources[0].read_text()
         sources[0].unlink()
     compiler(tmp_path, f'{VERSION}\nexec g++ "$@"')
-    before = nj.engine.stats()["compiled"]
+    before = nj.stats()["compiled"]
     assert call_of(-1) == GOOD
-    assert nj.engine.stats()["compiled"] == before + 1
+    assert nj.stats()["compiled"] == before + 1
 
 
 def test_failing_compiler_in_auto_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,6 +395,6 @@ def test_compiler_that_lies_or_dies(
     message = str(caught.value)
     assert len(message) < 20_000 and message.count("\n") < 60
     monkeypatch.delenv("CXX")
-    before = nj.engine.stats()["compiled"]
+    before = nj.stats()["compiled"]
     assert call_of(compiled_call.count) == GOOD  # type: ignore[attr-defined]
-    assert nj.engine.stats()["compiled"] == before + 1, "a failed build was kept"
+    assert nj.stats()["compiled"] == before + 1, "a failed build was kept"

@@ -13,7 +13,7 @@ import pytest
 from cachekit import ALICE, Child, heard, key, needs_root, put, right, use
 from promises_bundle import bombs, fuzz, p14_bundles, pack
 
-from neuronjit import bundle, cache, cachefile
+from neuronjit.cache import bundles, entries, store
 from neuronjit.errors import BundleError
 
 
@@ -44,56 +44,56 @@ def test_malformed_kernels_neither_crash_nor_pass_for_another():
 
 
 def test_the_same_kernels_give_the_same_bundle_that_tar_can_list(place, tmp_path):
-    one, two = (bundle.export_bundle(str(tmp_path / name)) for name in ("one", "two"))
+    one, two = (bundles.export_bundle(str(tmp_path / name)) for name in ("one", "two"))
     assert (one.kernels, one.skipped) == (3, 1) and one.sha256 == two.sha256
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     with tarfile.open(tmp_path / "one") as archive:
         assert archive.getnames() == sorted(key(number) for number in range(3))
-    assert bundle.export_bundle(str(tmp_path / "one"), keys=[key(1)]).kernels == 1
+    assert bundles.export_bundle(str(tmp_path / "one"), keys=[key(1)]).kernels == 1
     assert sorted(os.listdir(tmp_path)) == ["cache", "one", "two"]
 
 
 def test_an_export_that_fails_leaves_nothing(place, tmp_path):
     with pytest.raises(FileNotFoundError):
-        bundle.export_bundle(str(tmp_path / "nowhere" / "kernels.njc"))
+        bundles.export_bundle(str(tmp_path / "nowhere" / "kernels.njc"))
     with pytest.raises(OSError, match="new file in the folder") as caught:
-        bundle.export_bundle("/proc/kernels.njc")
+        bundles.export_bundle("/proc/kernels.njc")
     assert caught.value.filename == "/proc"
     assert os.listdir(tmp_path) == ["cache"]
 
 
 def test_an_import_needs_trust_or_the_digest(place, tmp_path):
     path = str(tmp_path / "kernels.njc")
-    carried = bundle.export_bundle(path)
+    carried = bundles.export_bundle(path)
     use(tmp_path / "other")
     with pytest.raises(BundleError, match=f"holds code.*{carried.sha256}"):
-        bundle.import_bundle(path)
+        bundles.import_bundle(path)
     with pytest.raises(BundleError, match=f"has SHA-256 {carried.sha256}"):
-        bundle.import_bundle(path, trust=True, sha256="0" * 64)
+        bundles.import_bundle(path, trust=True, sha256="0" * 64)
     assert not (tmp_path / "other").exists()
-    done = bundle.import_bundle(path, sha256=carried.sha256.upper())
+    done = bundles.import_bundle(path, sha256=carried.sha256.upper())
     assert (done.path, done.kernels, done.skipped) == (str(tmp_path / "other"), 3, 0)
-    assert all(right(cache.load(key(number)), number) for number in range(3))
+    assert all(right(store.load(key(number)), number) for number in range(3))
     assert (tmp_path / "other").stat().st_mode & 0o777 == 0o700
 
 
 def test_an_altered_bundle_is_refused(place, tmp_path):
     path = tmp_path / "kernels.njc"
-    carried = bundle.export_bundle(str(path))
+    carried = bundles.export_bundle(str(path))
     data = bytearray(path.read_bytes())
     data[2000] ^= 1
     path.write_bytes(data)
     with pytest.raises(BundleError, match="checksum"):
-        bundle.import_bundle(str(path), trust=True)
-    path.write_bytes(pack((key(5), cachefile.encode(cachekit.toy(5)))))  # sound, but another
+        bundles.import_bundle(str(path), trust=True)
+    path.write_bytes(pack((key(5), entries.encode(cachekit.toy(5)))))  # sound, but another
     with pytest.raises(BundleError, match="SHA-256"):
-        bundle.import_bundle(str(path), sha256=carried.sha256)
+        bundles.import_bundle(str(path), sha256=carried.sha256)
 
 
 def test_a_bundle_that_changes_meanwhile_is_refused(place, tmp_path):
     path = tmp_path / "kernels.njc"
-    bundle.export_bundle(str(path))
-    survey = bundle._survey
+    bundles.export_bundle(str(path))
+    survey = bundles._survey
 
     def then_change(file):
         found = survey(file)
@@ -105,66 +105,66 @@ def test_a_bundle_that_changes_meanwhile_is_refused(place, tmp_path):
 
     use(tmp_path / "other")
     with (
-        cachekit.patched(bundle, _survey=then_change),
+        cachekit.patched(bundles, _survey=then_change),
         pytest.raises(BundleError, match="changed while"),
     ):
-        bundle.import_bundle(str(path), trust=True)
+        bundles.import_bundle(str(path), trust=True)
     assert not (tmp_path / "other").exists()
 
 
 def test_what_is_there_is_kept_and_what_is_damaged_replaced(place, tmp_path):
     path = str(tmp_path / "kernels.njc")
-    bundle.export_bundle(path)
+    bundles.export_bundle(path)
     (place / key(1)).write_bytes(b"damaged")
     before = (place / key(0)).stat().st_ino
-    done = bundle.import_bundle(path, trust=True)
+    done = bundles.import_bundle(path, trust=True)
     assert (done.kernels, done.skipped) == (1, 2)
     assert (place / key(0)).stat().st_ino == before
-    assert right(cache.load(key(1)), 1)
+    assert right(store.load(key(1)), 1)
 
 
 @needs_root
 def test_a_site_directory_is_for_all_users_to_read(place, tmp_path):
     path = str(tmp_path / "kernels.njc")
-    bundle.export_bundle(path)
+    bundles.export_bundle(path)
     with cachekit.for_all_users() as base:
         site = base / "opt" / "kernels"
         before = os.umask(0o077)
         try:
-            bundle.import_bundle(path, trust=True, to=str(site))
+            bundles.import_bundle(path, trust=True, to=str(site))
         finally:
             os.umask(before)
         assert {stat.S_IMODE(item.stat().st_mode) for item in site.iterdir()} == {0o644}
 
         def work():
             use(base / "none", site)
-            return [right(cache.load(key(number)), number) for number in range(3)]
+            return [right(store.load(key(number)), number) for number in range(3)]
 
         assert Child(work, uid=ALICE).finish() == {"value": [True] * 3, "warnings": []}
 
 
 def test_an_unsafe_destination_is_named(place, tmp_path):
     path = str(tmp_path / "kernels.njc")
-    bundle.export_bundle(path)
+    bundles.export_bundle(path)
     into = tmp_path / "open"
     into.mkdir()
     into.chmod(0o777)
     with pytest.raises(BundleError, match=r"open' can be written by everybody \(owner .*0777"):
-        bundle.import_bundle(path, trust=True, to=str(into))
+        bundles.import_bundle(path, trust=True, to=str(into))
     assert os.listdir(into) == []
 
 
 def test_without_a_home_it_asks_where_to(place, tmp_path, monkeypatch):
     path = str(tmp_path / "kernels.njc")
-    bundle.export_bundle(path)
-    monkeypatch.setattr(bundle, "user_dir", lambda: "")
+    bundles.export_bundle(path)
+    monkeypatch.setattr(bundles, "user_dir", lambda: "")
     with pytest.raises(BundleError, match="say where to"), heard():
-        bundle.import_bundle(path, trust=True)
+        bundles.import_bundle(path, trust=True)
 
 
 def test_a_pipe_is_no_bundle(tmp_path):
     with pytest.raises(BundleError, match="no regular file"):
-        bundle.import_bundle("/dev/null", trust=True)
+        bundles.import_bundle("/dev/null", trust=True)
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def large(place, tmp_path):
     for number in range(3):
         put(number, place, size=50_000)
     path = str(tmp_path / "kernels.njc")
-    bundle.export_bundle(path)
+    bundles.export_bundle(path)
     other = use(tmp_path / "other")
     other.mkdir(mode=0o700)
     for number in range(10, 13):
@@ -189,13 +189,13 @@ def test_an_import_evicts_nothing_whatever_the_cap(large, monkeypatch, cap):
     with heard() as texts:
         if cap == "0":
             with pytest.raises(BundleError, match=r"NEURONJIT_CACHE_SIZE=0 .*--to"):
-                bundle.import_bundle(path, trust=True)
+                bundles.import_bundle(path, trust=True)
             assert sorted(os.listdir(other)) == before
         else:
-            assert bundle.import_bundle(path, trust=True).kernels == 3
+            assert bundles.import_bundle(path, trust=True).kernels == 3
             assert set(os.listdir(other)) == own.union(before)
     size = sum(item.stat().st_size for item in other.iterdir())
-    limit = cache.size_cap()
+    limit = store.size_cap()
     if cap in ("100K", "200K"):
         (text,) = texts
         assert f"{size} bytes" in text and f"NEURONJIT_CACHE_SIZE allows {limit}" in text
@@ -210,7 +210,7 @@ def test_a_site_directory_has_no_cap(large, tmp_path, monkeypatch, cap):
     path, _ = large
     monkeypatch.setenv("NEURONJIT_CACHE_SIZE", cap)
     with heard() as texts:
-        assert bundle.import_bundle(path, trust=True, to=str(tmp_path / "site")).kernels == 3
+        assert bundles.import_bundle(path, trust=True, to=str(tmp_path / "site")).kernels == 3
     assert len(os.listdir(tmp_path / "site")) == 3 and texts == []
 
 
@@ -221,7 +221,7 @@ def test_an_import_sweeps_what_a_killed_one_left(large, tmp_path):
     old = site / ("tmp." + "0" * 32)
     old.write_bytes(b"half")
     os.utime(old, (1000, 1000))
-    bundle.import_bundle(path, trust=True, to=str(site))
+    bundles.import_bundle(path, trust=True, to=str(site))
     assert not old.exists() and len(os.listdir(site)) == 3
 
 
@@ -258,7 +258,7 @@ def test_an_export_replaces_nothing_but_a_file(place, tmp_path, taken):
     TAKEN[taken](path)
     before, names = path.lstat(), sorted(os.listdir(tmp_path))
     with pytest.raises(BundleError, match=r"kernels\.njc' is .*name"):
-        bundle.export_bundle(str(path))
+        bundles.export_bundle(str(path))
     after = path.lstat()
     assert (after.st_ino, after.st_mode, after.st_rdev) == (
         before.st_ino,
@@ -282,7 +282,7 @@ def test_an_export_says_which_folder_it_may_not_write(place, tmp_path):
         def work():
             use(kernels)
             with pytest.raises(PermissionError) as caught:
-                bundle.export_bundle(str(base / "kernels.njc"))
+                bundles.export_bundle(str(base / "kernels.njc"))
             return str(caught.value)
 
         found = Child(work, uid=ALICE).result()
@@ -298,7 +298,7 @@ def test_what_a_killed_export_left_goes_with_the_next_one(place, tmp_path):
 
     def work():
         with cachekit.patched(os, replace=die):
-            bundle.export_bundle(str(path))
+            bundles.export_bundle(str(path))
 
     for _ in range(2):
         assert os.WIFSIGNALED(Child(work).wait_status())
@@ -307,7 +307,7 @@ def test_what_a_killed_export_left_goes_with_the_next_one(place, tmp_path):
     stranger.write_text("mine")
     for item in (old, stranger):
         os.utime(item, (time.time() - 3600,) * 2)
-    bundle.export_bundle(str(path))
+    bundles.export_bundle(str(path))
     assert sorted(tmp_path.glob("*.unfinished")) == sorted([young, stranger])
 
 
@@ -320,20 +320,20 @@ def test_nothing_is_unpacked_before_somebody_trusts_it(place, tmp_path, monkeypa
         unpacked.append(1)
         raise MemoryError
 
-    monkeypatch.setattr(cachefile.zlib, "decompressobj", count)
+    monkeypatch.setattr(entries.zlib, "decompressobj", count)
     for arguments, words in (({}, "holds code"), ({"sha256": "0" * 64, "trust": True}, "SHA-256")):
         with pytest.raises(BundleError, match=words):
-            bundle.import_bundle(str(path), **arguments)
+            bundles.import_bundle(str(path), **arguments)
     assert unpacked == []
     with pytest.raises(MemoryError):
-        bundle.import_bundle(str(path), trust=True)
+        bundles.import_bundle(str(path), trust=True)
     assert unpacked == [1]
 
 
 def test_a_bundle_that_changes_after_it_was_checked_is_refused(place, tmp_path):
     path = tmp_path / "kernels.njc"
-    bundle.export_bundle(str(path))
-    decode, data = bundle.decode, bytearray(path.read_bytes())
+    bundles.export_bundle(str(path))
+    decode, data = bundles.decode, bytearray(path.read_bytes())
     data[2000] ^= 1
     calls = itertools.count(1)
 
@@ -345,8 +345,8 @@ def test_a_bundle_that_changes_after_it_was_checked_is_refused(place, tmp_path):
 
     use(tmp_path / "other")
     with (
-        cachekit.patched(bundle, decode=then_change),
+        cachekit.patched(bundles, decode=then_change),
         pytest.raises(BundleError, match="changed while"),
     ):
-        bundle.import_bundle(str(path), trust=True)
+        bundles.import_bundle(str(path), trust=True)
     assert os.listdir(tmp_path / "other") == []

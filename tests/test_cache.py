@@ -28,7 +28,7 @@ from cachekit import (
     use,
 )
 
-from neuronjit import bundle, cache, cachedir, cachefile, cachelock, housekeeping
+from neuronjit.cache import admin, bundles, entries, folders, locks, store
 
 
 @pytest.fixture
@@ -42,12 +42,12 @@ def place(tmp_path, monkeypatch):
 
 def test_what_is_stored_is_what_is_loaded(place):
     entry = toy(1)
-    assert cache.load(entry.key) is None
+    assert store.load(entry.key) is None
     assert not place.exists()  # looking makes no directories
-    assert cache.load_or_build(entry.key, lambda: entry) is entry
-    assert cache.load(entry.key) == entry
-    assert cache.load_or_build(entry.key, lambda: pytest.fail("built again")) == entry
-    assert cache.counts() == {
+    assert store.load_or_build(entry.key, lambda: entry) is entry
+    assert store.load(entry.key) == entry
+    assert store.load_or_build(entry.key, lambda: pytest.fail("built again")) == entry
+    assert store.counts() == {
         "misses": 2,
         "hits": 2,
         "builds": 1,
@@ -68,12 +68,12 @@ def test_names_from_outside_never_become_paths(place):
     entry = toy(1)
     names = ["../../x", "/etc/passwd", "a\nb", "x" * 300, "CON", "\x1b[2J", "\0", "ë", "🙂"]
     for name in names:
-        spec = cachefile.Entry(entry.key, {**entry.meta, "spec": name, "model": name}, name, b"x")
-        assert cachefile.decode(cachefile.encode(spec), entry.key) == spec
+        spec = entries.Entry(entry.key, {**entry.meta, "spec": name, "model": name}, name, b"x")
+        assert entries.decode(entries.encode(spec), entry.key) == spec
         with pytest.raises(ValueError, match="a key has 64 hex digits"):
-            cache.load(name)
+            store.load(name)
     with pytest.raises(ValueError, match="a key has 64 hex digits"):
-        cache.load(entry.key.upper())
+        store.load(entry.key.upper())
 
 
 def test_key_is_the_same_in_every_process():
@@ -101,16 +101,16 @@ def test_key_follows_every_input():
         "flags": "--fmad=false",
         "abi": "glibc 2.36",
     }
-    keys = {cache.make_key(request(1), fingerprint), cache.make_key(request(2), fingerprint)}
+    keys = {store.make_key(request(1), fingerprint), store.make_key(request(2), fingerprint)}
     for name in fingerprint:
-        keys.add(cache.make_key(request(1), {**fingerprint, name: fingerprint[name] + "a"}))
-        keys.add(cache.make_key(request(1), {k: v for k, v in fingerprint.items() if k != name}))
-    keys.add(cache.make_key(request(1), {**fingerprint, "more": ""}))
-    with patched(cachefile, SCHEMA=cachefile.SCHEMA + 1):
-        keys.add(cache.make_key(request(1), fingerprint))
+        keys.add(store.make_key(request(1), {**fingerprint, name: fingerprint[name] + "a"}))
+        keys.add(store.make_key(request(1), {k: v for k, v in fingerprint.items() if k != name}))
+    keys.add(store.make_key(request(1), {**fingerprint, "more": ""}))
+    with patched(entries, SCHEMA=entries.SCHEMA + 1):
+        keys.add(store.make_key(request(1), fingerprint))
     assert len(keys) == 2 + 2 * len(fingerprint) + 2
     turned = dict(reversed(fingerprint.items()))
-    assert cache.make_key(request(1), turned) == cache.make_key(request(1), fingerprint)
+    assert store.make_key(request(1), turned) == store.make_key(request(1), fingerprint)
 
 
 def test_a_failed_build_is_never_remembered(place):
@@ -122,18 +122,18 @@ def test_a_failed_build_is_never_remembered(place):
 
     for _ in range(3):
         with pytest.raises(Broken):
-            cache.load_or_build(key(1), fail)
+            store.load_or_build(key(1), fail)
         assert not place.exists() or os.listdir(place) == []
     assert right(get(1), 1)
-    assert right(cache.load(key(1)), 1)
+    assert right(store.load(key(1)), 1)
 
 
 def test_an_entry_that_could_not_be_verified_is_refused(place):
     entry = toy(1)
-    without = cachefile.Entry(entry.key, {"request": request(1)}, "", b"")
+    without = entries.Entry(entry.key, {"request": request(1)}, "", b"")
     for wrong in (toy(2), without):
         with pytest.raises(ValueError, match=r"fingerprint|built for"):
-            cache.load_or_build(key(1), lambda wrong=wrong: wrong)
+            store.load_or_build(key(1), lambda wrong=wrong: wrong)
     assert os.listdir(place) == []
 
 
@@ -143,13 +143,13 @@ def test_what_is_too_large_stays_in_memory(place, monkeypatch):
         assert right(get(1, size=5000), 1)
         assert right(get(2, size=5000), 2)
     assert len(texts) == 1 and "larger than all may be (2048)" in texts[0]
-    assert right(cache.load(key(1)), 1)  # from memory
+    assert right(store.load(key(1)), 1)  # from memory
 
 
 def test_metadata_that_no_list_could_read_is_not_written(place):
-    entry = toy(1, note="x" * cachefile.HEAD)
+    entry = toy(1, note="x" * entries.HEAD)
     with heard() as texts:
-        assert cache.load_or_build(key(1), lambda: entry) is entry
+        assert store.load_or_build(key(1), lambda: entry) is entry
     assert len(texts) == 1 and "too large" in texts[0]
     assert os.listdir(place) == []
 
@@ -169,14 +169,14 @@ def test_metadata_that_no_list_could_read_is_not_written(place):
 )
 def test_size_cap(monkeypatch, text, size):
     monkeypatch.setenv("NEURONJIT_CACHE_SIZE", text)
-    assert cache.size_cap() == size
+    assert store.size_cap() == size
 
 
 @pytest.mark.parametrize("text", ["many", "-1", "1.5G", "1e9", "10PB", "٣", "9" * 40])
 def test_a_size_that_is_none_costs_one_warning(place, monkeypatch, text):
     monkeypatch.setenv("NEURONJIT_CACHE_SIZE", text)
     with heard() as texts:
-        assert [cache.size_cap() for _ in range(3)] == [1 << 30] * 3
+        assert [store.size_cap() for _ in range(3)] == [1 << 30] * 3
     assert len(texts) == 1 and repr(text) in texts[0]
 
 
@@ -208,15 +208,15 @@ def test_a_hit_is_noted_at_most_once_an_hour_and_only_on_files_of_ours(place):
     for age, noted in ((60, False), (7200, True), (-7200, True)):
         os.utime(path, (time.time() - age,) * 2)
         before = path.stat().st_mtime_ns
-        cache.load(key(1))
+        store.load(key(1))
         assert (path.stat().st_mtime_ns != before) is noted, age
     if os.geteuid() == 0:
-        cache.load(key(1))
+        store.load(key(1))
         os.chown(path, ALICE, ALICE)
         with patched(os, geteuid=lambda: ALICE, getuid=lambda: ALICE):
             os.chown(path, 0, 0)  # somebody else's kernel that may be read, as at a site
             os.utime(path, (1000, 1000))
-            with cachedir.opened("/") as folder:
+            with folders.opened("/") as folder:
                 folder.touch(str(path), path.stat())
         assert path.stat().st_mtime == 1000
 
@@ -245,15 +245,15 @@ def test_junk_in_the_directory_harms_nothing(place, monkeypatch):
     with heard():
         for number in (1, 2, 3, 4, 5):
             assert right(get(number), number)
-            assert right(cache.load(key(number)), number)
-        found = {item.key: item for item in housekeeping.entries()}
+            assert right(store.load(key(number)), number)
+        found = {item.key: item for item in admin.entries()}
         assert {number for number in range(6) if key(number) in found} == {1, 2, 3, 4, 5}
         assert not any(item.problem for item in found.values())
         monkeypatch.setenv("NEURONJIT_CACHE_SIZE", "9000")
         cachekit.forget()
         assert right(get(6), 6)
         assert (place / key(6)).exists()
-        assert housekeeping.stats()["bytes"] <= 9000
+        assert admin.stats()["bytes"] <= 9000
     assert (place / "junk" / "more").exists()
 
 
@@ -274,8 +274,8 @@ def test_a_directory_that_vanishes_is_made_again(place):
         return toy(1)
 
     with heard() as texts:
-        cache.load_or_build(key(1), build)
-    assert texts == [] and right(cache.load(key(1)), 1)
+        store.load_or_build(key(1), build)
+    assert texts == [] and right(store.load(key(1)), 1)
 
 
 def test_site_directories_are_read_after_ones_own(tmp_path, place):
@@ -301,18 +301,18 @@ def test_find_takes_any_compiler_but_the_very_request_and_arch(tmp_path, place):
     ):
         fingerprint = {"compiler": compiler, "arch": arch}
         meta = {"request": request(7), "fingerprint": fingerprint, "target": "cpu", "arch": arch}
-        name = cache.make_key(request(7), fingerprint)
-        entry = cachefile.Entry(name, meta, "", bytes([number]))
-        cache.load_or_build(name, lambda entry=entry: entry)
-    assert cache.find(request(7), "cpu", "v4").binary == b"\1"
-    assert cache.find(request(7), "cpu", "v3").binary in (b"\0", b"\2")
-    assert cache.find(request(7), "cuda", "v3") is None
-    assert cache.find(request(8), "cpu", "v3") is None
+        name = store.make_key(request(7), fingerprint)
+        entry = entries.Entry(name, meta, "", bytes([number]))
+        store.load_or_build(name, lambda entry=entry: entry)
+    assert store.find(request(7), "cpu", "v4").binary == b"\1"
+    assert store.find(request(7), "cpu", "v3").binary in (b"\0", b"\2")
+    assert store.find(request(7), "cuda", "v3") is None
+    assert store.find(request(8), "cpu", "v3") is None
     for path in place.iterdir():
         if b'"v4"' in path.read_bytes():
             path.write_bytes(path.read_bytes()[:-1])
     with heard() as texts:
-        assert cache.find(request(7), "cpu", "v4") is None  # what is found is verified
+        assert store.find(request(7), "cpu", "v4") is None  # what is found is verified
     assert len(texts) == 1
 
 
@@ -320,46 +320,46 @@ def test_find_reads_the_metadata_of_a_thousand_kernels_once(place):
     place.mkdir(mode=0o700)
     for number in range(1000):
         put(number, place)
-    reads, read = [], cachedir.Folder.read
+    reads, read = [], folders.Folder.read
 
-    def counted(self, name, size=cachefile.MAX_ENTRY):
+    def counted(self, name, size=entries.MAX_ENTRY):
         reads.append(name)
         return read(self, name, size)
 
     start = time.perf_counter()
-    assert cache.find(request("none"), "cpu", "toy") is None
+    assert store.find(request("none"), "cpu", "toy") is None
     assert time.perf_counter() - start < 0.5  # about 0.02 s where nothing else runs
-    with patched(cachedir.Folder, read=counted):
-        assert right(cache.find(request(500), "cpu", "toy"), 500)
+    with patched(folders.Folder, read=counted):
+        assert right(store.find(request(500), "cpu", "toy"), 500)
         put(1000, place)
-        assert right(cache.find(request(1000), "cpu", "toy"), 1000)
+        assert right(store.find(request(1000), "cpu", "toy"), 1000)
     assert reads == [key(500), key(1000), key(1000)]
 
 
 def test_kernels_that_stay_in_memory_are_found_too(place, monkeypatch):
     monkeypatch.setenv("NEURONJIT_CACHE_SIZE", "0")
     get(1)
-    assert right(cache.find(request(1), "cpu", "toy"), 1)
+    assert right(store.find(request(1), "cpu", "toy"), 1)
 
 
 def test_another_schema_is_neither_loaded_nor_called_damaged(place):
     get(1)
     data = bytearray((place / key(1)).read_bytes())
-    data[8:12] = (cachefile.SCHEMA + 1).to_bytes(4, "little")
-    put(1, place, data=cachefile.hashlib.sha256(data[:-32]).digest().join([data[:-32], b""]))
-    assert housekeeping.verify() == (1, [])
+    data[8:12] = (entries.SCHEMA + 1).to_bytes(4, "little")
+    put(1, place, data=entries.hashlib.sha256(data[:-32]).digest().join([data[:-32], b""]))
+    assert admin.verify() == (1, [])
     with heard():
-        assert cache.load(key(1)) is None
-    (listed,) = housekeeping.entries()
+        assert store.load(key(1)) is None
+    (listed,) = admin.entries()
     assert listed.stale("any")
-    assert housekeeping.clear(stale_for="any") == (1, len(data))
+    assert admin.clear(stale_for="any") == (1, len(data))
 
 
 def test_clear_by_age_model_and_version(place):
     def fill():
         for number, (model, version) in enumerate([("lif", "1"), ("lif", "2"), ("qif", "2")]):
             entry = toy(number, model=model, versions={"neuronjit": version})
-            cache.load_or_build(entry.key, lambda entry=entry: entry)
+            store.load_or_build(entry.key, lambda entry=entry: entry)
         os.utime(place / key(0), (1000, 1000))
 
     def left():
@@ -373,7 +373,7 @@ def test_clear_by_age_model_and_version(place):
         ({}, set()),
     ):
         fill()
-        removed, size = housekeeping.clear(**arguments)
+        removed, size = admin.clear(**arguments)
         assert left() == expected, arguments
         assert removed == 3 - len(expected) and (size > 0) == (removed > 0)
 
@@ -381,7 +381,7 @@ def test_clear_by_age_model_and_version(place):
 def test_stats_and_directories_tell_what_is_there(place, tmp_path):
     site = tmp_path / "site"
     use(place, site)
-    user, other, *locks = housekeeping.directories()
+    user, other, *locks = admin.directories()
     assert (user.role, user.trusted, user.why) == ("user", False, "is made when it is needed")
     assert (other.role, other.why, other.owner) == ("site", "is not there", None)
     assert {directory.role for directory in locks} <= {"locks"}
@@ -392,13 +392,13 @@ def test_stats_and_directories_tell_what_is_there(place, tmp_path):
     get(2)
     site.mkdir()
     site.chmod(0o777)
-    user, other, *_ = housekeeping.directories()
+    user, other, *_ = admin.directories()
     assert (user.trusted, user.why, user.entries, user.writable) == (True, "", 2, True)
     assert (user.owner, user.mode) == (os.geteuid(), 0o700)
     assert user.bytes == sum(path.stat().st_size for path in place.iterdir())
     assert not other.trusted and "0777" in other.why and other.mode == 0o777
     with heard():
-        stats = housekeeping.stats()
+        stats = admin.stats()
     assert stats["kernels"] == 2 and stats["rebuilt"] == {"damaged": 1}
     assert stats["targets"] == {"cpu": 2} and stats["models"] == {"lif": 2}
     assert stats["this process"]["rebuilds: damaged"] == 1
@@ -407,7 +407,7 @@ def test_stats_and_directories_tell_what_is_there(place, tmp_path):
 def test_verify_reports_a_directory_that_it_may_not_trust(place):
     get(1)
     place.chmod(0o777)
-    checked, (finding,) = housekeeping.verify(fix=True)
+    checked, (finding,) = admin.verify(fix=True)
     assert checked == 0 and finding.key == "" and "0777" in finding.why and not finding.removed
     assert (place / key(1)).exists()
 
@@ -415,7 +415,7 @@ def test_verify_reports_a_directory_that_it_may_not_trust(place):
 @needs_root
 def test_verify_fixes_only_what_it_may(place):
     def work():
-        checked, found = housekeeping.verify(fix=True)
+        checked, found = admin.verify(fix=True)
         return checked, [(finding.key, finding.removed) for finding in found]
 
     with cachekit.for_all_users() as site:
@@ -424,7 +424,7 @@ def test_verify_fixes_only_what_it_may(place):
             put(number, site, mode=0o644)
         (site / key(1)).write_bytes(b"damaged")
         assert Child(work, uid=ALICE).result() == [3, [[key(1), False]]]
-        assert housekeeping.verify(fix=True)[1][0].removed
+        assert admin.verify(fix=True)[1][0].removed
         assert sorted(os.listdir(site)) == sorted([key(0), key(2)])
 
 
@@ -436,7 +436,7 @@ def test_a_group_may_share_a_directory_if_told_so(place):
         os.setresgid(group, group, group)
         os.setresuid(uid, uid, uid)
         os.environ["NEURONJIT_SHARED_GROUP"] = shared
-        return right(get(1), 1), cache.counts().get("builds", 0)
+        return right(get(1), 1), store.counts().get("builds", 0)
 
     with cachekit.for_all_users() as base:
         shared = use(base / "cache")
@@ -459,8 +459,8 @@ def test_what_was_opened_is_judged_and_not_its_name_alone(place, tmp_path):
     (place / key(1)).unlink()
     os.chown(put(1, tmp_path), MALLORY, MALLORY)
     os.link(tmp_path / key(1), place / key(1))  # swapped in after its name was looked at
-    with patched(cachedir.Folder, stat=lambda self, name: sound), heard() as texts:
-        assert cache.load(key(1)) is None
+    with patched(folders.Folder, stat=lambda self, name: sound), heard() as texts:
+        assert store.load(key(1)) is None
     assert f"owner {MALLORY}" in texts[0]
 
 
@@ -468,11 +468,11 @@ def test_what_was_opened_is_judged_and_not_its_name_alone(place, tmp_path):
 def test_variables_of_another_user_are_not_obeyed(place):
     def work():
         os.setresuid(ALICE, 0, 0)
-        return [cachedir.env("NEURONJIT_CACHE_DIR"), cachedir.env("NEURONJIT_SHARED_GROUP")]
+        return [folders.env("NEURONJIT_CACHE_DIR"), folders.env("NEURONJIT_SHARED_GROUP")]
 
     os.environ["NEURONJIT_SHARED_GROUP"] = "1"
     try:
-        assert cachedir.env("NEURONJIT_CACHE_DIR") == str(place)
+        assert folders.env("NEURONJIT_CACHE_DIR") == str(place)
         assert Child(work).result() == ["", ""]
     finally:
         del os.environ["NEURONJIT_SHARED_GROUP"]
@@ -481,7 +481,7 @@ def test_variables_of_another_user_are_not_obeyed(place):
 def test_without_a_place_for_locks_all_is_right(place):
     def work(index):
         use(place)
-        with patched(cachelock, lock_folders=lambda: ["/proc/nowhere", "/nowhere/at/all"]):
+        with patched(locks, lock_folders=lambda: ["/proc/nowhere", "/nowhere/at/all"]):
             return right(get(1), 1)
 
     assert cachekit.crowd(4, work) == [True] * 4
@@ -503,7 +503,7 @@ def test_a_path_from_a_directory_that_is_gone_costs_a_warning(place, tmp_path):
 def test_a_home_is_written_as_a_tilde(place, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     use("~/kernels", "~/site")
-    assert cachedir.search_path() == [f"{tmp_path}/kernels", f"{tmp_path}/site"]
+    assert folders.search_path() == [f"{tmp_path}/kernels", f"{tmp_path}/site"]
 
 
 def test_the_lock_excludes(place, tmp_path):
@@ -511,7 +511,7 @@ def test_the_lock_excludes(place, tmp_path):
 
     def work(index):
         for _ in range(25):
-            with cachelock.key_lock(str(place), key(1)):
+            with locks.key_lock(str(place), key(1)):
                 with open(inside, "x"):
                     time.sleep(0.0005)
                 inside.unlink()
@@ -522,8 +522,8 @@ def test_the_lock_excludes(place, tmp_path):
 
 def test_a_lock_that_its_holder_removed_meanwhile_is_no_lock(place):
     """The holder unlinks and unlocks between our opening and our locking."""
-    name = cachelock.hashlib.sha256(f"{place}\n{key(1)}".encode()).hexdigest()
-    path, lockf = Path(cachelock.lock_folders()[0], name), fcntl.lockf
+    name = locks.hashlib.sha256(f"{place}\n{key(1)}".encode()).hexdigest()
+    path, lockf = Path(locks.lock_folders()[0], name), fcntl.lockf
     removed = []
 
     def late(fd, flags):
@@ -532,22 +532,22 @@ def test_a_lock_that_its_holder_removed_meanwhile_is_no_lock(place):
             path.unlink()
         lockf(fd, flags)
 
-    with patched(fcntl, lockf=late), cachelock.key_lock(str(place), key(1)):
+    with patched(fcntl, lockf=late), locks.key_lock(str(place), key(1)):
         assert removed and path.exists()
 
 
 def test_what_another_thread_held_during_a_fork_is_free_in_the_child(place):
     get(1)
-    with cache._counting, cachelock.key_lock(str(place), key(2), processes=False):
+    with store._counting, locks.key_lock(str(place), key(2), processes=False):
         assert Child(lambda: [right(get(number), number) for number in (1, 2)]).result(10)
 
 
 def test_a_sticky_directory_is_a_safe_parent_but_no_cache(place):
     place.mkdir(mode=0o700)
     place.chmod(0o1777)
-    with pytest.raises(cachedir.Untrusted, match="1777"), cachedir.opened(str(place)):
+    with pytest.raises(folders.Untrusted, match="1777"), folders.opened(str(place)):
         pass
-    with cachedir.opened(str(place / "below"), create=0o700) as folder:
+    with folders.opened(str(place / "below"), create=0o700) as folder:
         assert folder.writable()
 
 
@@ -555,8 +555,8 @@ def test_a_lock_leaves_no_file_and_no_descriptor(place):
     before = len(os.listdir("/dev/fd"))
     for number in range(20):
         get(number)
-    for folder in cachelock.lock_folders():
-        name = cachelock.hashlib.sha256(f"{place}\n{key(1)}".encode()).hexdigest()
+    for folder in locks.lock_folders():
+        name = locks.hashlib.sha256(f"{place}\n{key(1)}".encode()).hexdigest()
         assert not os.path.exists(os.path.join(folder, name))
     assert len(os.listdir("/dev/fd")) == before
 
@@ -575,13 +575,13 @@ def test_a_child_that_leaves_a_build_does_not_unlock_its_parent(place, tmp_path)
 
         parent = os.getpid()
         try:
-            cache.load_or_build(key(1), build)
+            store.load_or_build(key(1), build)
         except SystemExit:
             os._exit(0)
         return os.getpid() == parent
 
     def get_soon():
-        with patched(cachelock, TIMEOUT_S=20.0):
+        with patched(locks, TIMEOUT_S=20.0):
             return right(get(1), 1)
 
     assert Child(work).result() is True
@@ -595,7 +595,7 @@ def refuse(event, args):
     if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or event in ("os.mkdir", "subprocess.Popen"):
         raise SystemExit(f"{event} {args}")
 sys.addaudithook(refuse)
-import neuronjit.cache, neuronjit.bundle, neuronjit.housekeeping
+import neuronjit.cache.store, neuronjit.cache.bundles, neuronjit.cache.admin
 print("platformdirs" in sys.modules)
 """
     done = subprocess.run(
@@ -631,13 +631,13 @@ def test_an_entry_tells_nothing_of_who_made_it(place):
     assert files
     private = [os.path.expanduser("~") + "/", os.getcwd(), str(place), os.uname().nodename]
     for path in files:
-        entry = cachefile.decode(path.read_bytes(), path.name)
+        entry = entries.decode(path.read_bytes(), path.name)
         for text in (str(entry.meta), entry.source, entry.binary.decode("latin-1")):
             assert [word for word in private if len(word) > 3 and word in text] == []
 
 
 def test_the_modules_know_no_compiler_and_no_tensor():
-    for module in (bundle, cache, cachedir, cachefile, cachelock, housekeeping):
+    for module in (admin, bundles, entries, folders, locks, store):
         imported = {
             alias.name.split(".")[0]
             for node in ast.walk(ast.parse(Path(module.__file__).read_text()))

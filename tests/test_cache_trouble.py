@@ -37,7 +37,8 @@ from cachekit import (
 )
 from promises_places import _acl
 
-from neuronjit import cache, cachedir, cachelock, housekeeping, settings
+from neuronjit import settings
+from neuronjit.cache import admin, folders, locks, store
 
 pytestmark = needs_linux
 
@@ -47,12 +48,12 @@ def place(tmp_path, monkeypatch):
     """A cache directory that is not there yet, and a place of its own for locks."""
     for name in ("NEURONJIT_CACHE_DIR", "NEURONJIT_CACHE_PATH", "NEURONJIT_CACHE_SIZE"):
         monkeypatch.setenv(name, "")
-    monkeypatch.setattr(cachelock, "lock_folders", lambda: [str(tmp_path / "locks")])
+    monkeypatch.setattr(locks, "lock_folders", lambda: [str(tmp_path / "locks")])
     yield use(tmp_path / "cache")
     cachekit.forget()
 
 
-def locks(tmp_path):
+def lock_files(tmp_path):
     return [path for path in (tmp_path / "locks").iterdir() if path.is_file()]
 
 
@@ -71,7 +72,7 @@ def test_who_waits_for_what_cannot_be_published_builds_at_once(place, tmp_path, 
     """Each build but the first ends when all of the others have begun: one by one, none does."""
     crew, begun = 5, tmp_path / "begun"
     begun.mkdir()
-    write = cachedir.Folder.write
+    write = folders.Folder.write
     if why == "larger than the cap":
         monkeypatch.setenv("NEURONJIT_CACHE_SIZE", "2K")
     else:
@@ -93,8 +94,8 @@ def test_who_waits_for_what_cannot_be_published_builds_at_once(place, tmp_path, 
     together = []
 
     def work(index):
-        with patched(cachedir.Folder, write=write), heard() as texts:
-            good = right(cache.load_or_build(key(1), build), 1)
+        with patched(folders.Folder, write=write), heard() as texts:
+            good = right(store.load_or_build(key(1), build), 1)
         return good, together, len(texts)
 
     found = crowd(crew, work)
@@ -103,10 +104,10 @@ def test_who_waits_for_what_cannot_be_published_builds_at_once(place, tmp_path, 
 
 
 def test_all_wait_for_one_again_a_while_later(place, tmp_path):
-    with patched(cachedir.Folder, write=refuse(errno.ENOSPC)), heard():
+    with patched(folders.Folder, write=refuse(errno.ENOSPC)), heard():
         get(1)
-    (note,) = locks(tmp_path)
-    os.utime(note, (time.time() - 2 * cachelock.FRUITLESS_S,) * 2)
+    (note,) = lock_files(tmp_path)
+    os.utime(note, (time.time() - 2 * locks.FRUITLESS_S,) * 2)
     built = tmp_path / "built"
 
     def work(index):
@@ -115,7 +116,7 @@ def test_all_wait_for_one_again_a_while_later(place, tmp_path):
 
     assert crowd(4, work) == [True] * 4
     assert built.read_bytes() == b"x"
-    assert locks(tmp_path) == []
+    assert lock_files(tmp_path) == []
 
 
 # What the dead leave
@@ -125,22 +126,22 @@ def test_p20_locks_of_the_killed_are_swept(place, tmp_path):
     """200 holders are killed in the middle of a build; then one sound call."""
 
     def die(number):
-        cache.load_or_build(key(number), lambda: os.kill(os.getpid(), 9))
+        store.load_or_build(key(number), lambda: os.kill(os.getpid(), 9))
 
     for first in range(0, 200, 20):
         children = [Child(die, number) for number in range(first, first + 20)]
         assert all(os.WIFSIGNALED(child.wait_status()) for child in children)
-    left = locks(tmp_path)
+    left = lock_files(tmp_path)
     assert len(left) == 200
     young = left[:50]
     for path in left[50:]:
-        os.utime(path, (time.time() - 2 * cachedir.STALE_TEMP_S,) * 2)
+        os.utime(path, (time.time() - 2 * folders.STALE_TEMP_S,) * 2)
     get(1000)
-    assert sorted(locks(tmp_path)) == sorted(young)
+    assert sorted(lock_files(tmp_path)) == sorted(young)
     for path in young:
         os.utime(path, (1, 1))
     get(1001)
-    assert locks(tmp_path) == []
+    assert lock_files(tmp_path) == []
 
 
 @pytest.mark.parametrize("holder", ["another process", "another thread"])
@@ -149,7 +150,7 @@ def test_a_lock_that_is_held_is_not_swept_however_old(place, tmp_path, holder):
     flag = tmp_path / "started"
 
     def hold():
-        with cachelock.key_lock(str(place), key(1)):
+        with locks.key_lock(str(place), key(1)):
             flag.touch()
             started.set()
             done.wait(60)
@@ -162,10 +163,10 @@ def test_a_lock_that_is_held_is_not_swept_however_old(place, tmp_path, holder):
         started.wait(60)
     while not flag.exists():
         time.sleep(0.005)
-    (held,) = locks(tmp_path)
+    (held,) = lock_files(tmp_path)
     os.utime(held, (1, 1))
     get(2)
-    assert locks(tmp_path) == [held]
+    assert lock_files(tmp_path) == [held]
     waiting = Child(lambda: right(get(1), 1))
     with pytest.raises(cachekit.Died, match="hangs"):
         waiting.result(0.5)  # the holder has it still
@@ -198,9 +199,9 @@ def test_a_directory_that_took_a_kernels_name_makes_room(place, tmp_path, full):
     if full:
         (place / key(1) / "dear").write_text("to somebody")
     built = tmp_path / "built"
-    checked, (finding,) = housekeeping.verify()
+    checked, (finding,) = admin.verify()
     assert (checked, finding.key, finding.why) == (1, key(1), "it is a directory")
-    (listed,) = housekeeping.entries()
+    (listed,) = admin.entries()
     assert listed.problem == "it is a directory"
 
     def work():
@@ -223,7 +224,7 @@ def test_verify_removes_such_a_directory_if_it_is_empty(place):
     (place / key(1)).mkdir()
     (place / key(2)).mkdir()
     (place / key(2) / "dear").write_text("to somebody")
-    _, found = housekeeping.verify(fix=True)
+    _, found = admin.verify(fix=True)
     assert {finding.key: finding.removed for finding in found} == {key(1): True, key(2): False}
     assert os.listdir(place) == [key(2)] and (place / key(2) / "dear").exists()
 
@@ -233,7 +234,7 @@ def test_a_kernel_that_another_process_put_there_meanwhile_is_not_moved_away(pla
     get(1)
     before = (place / key(1)).stat().st_ino
     with (
-        cachedir.opened(str(place)) as folder,
+        folders.opened(str(place)) as folder,
         patched(folder, unlink=lambda *_: False),
         pytest.raises(NotADirectoryError),
     ):
@@ -249,7 +250,7 @@ def test_absurd_times_cost_nothing(place, when):
     names = [key(1), "tmp." + "0" * 32]
     get(1)
     (place / names[1]).write_bytes(b"half")
-    real = cachedir.Folder.stat
+    real = folders.Folder.stat
 
     def odd(self, name):
         st = real(self, name)
@@ -264,12 +265,12 @@ def test_absurd_times_cost_nothing(place, when):
     with contextlib.suppress(OSError, OverflowError):  # what this file system takes, for real
         for name in names:
             os.utime(place / name, (when, when))
-    with patched(cachedir.Folder, stat=odd), heard() as texts:
+    with patched(folders.Folder, stat=odd), heard() as texts:
         cachekit.forget()
         assert right(get(1), 1) and right(get(2), 2)
-        assert len(list(housekeeping.entries())) == 2
-        assert housekeeping.verify() == (2, [])
-        assert isinstance(housekeeping.clear(older_than=3600.0), tuple)
+        assert len(list(admin.entries())) == 2
+        assert admin.verify() == (2, [])
+        assert isinstance(admin.clear(older_than=3600.0), tuple)
     assert texts == [] and sorted(cachekit.other_files(place)) == []
 
 
@@ -312,12 +313,12 @@ def test_a_warning_that_is_an_error_is_raised_once_and_leaves_all_sound(place, t
     prepare, refused, variables = TROUBLES[name]
     prepare(place)
     built = tmp_path / "built"
-    write = cachedir.Folder.write if refused is None else refuse(refused)
+    write = folders.Folder.write if refused is None else refuse(refused)
 
     def work():
         os.environ.update(variables)
         before = len(os.listdir("/proc/self/fd"))
-        with warnings.catch_warnings(), patched(cachedir.Folder, write=write):
+        with warnings.catch_warnings(), patched(folders.Folder, write=write):
             warnings.simplefilter("error")
             with pytest.raises(settings.CacheWarning):
                 get(1, built=built)
@@ -325,7 +326,7 @@ def test_a_warning_that_is_an_error_is_raised_once_and_leaves_all_sound(place, t
         return good, len(os.listdir("/proc/self/fd")) - before, Child(other).finish(20)["value"]
 
     def other():
-        with patched(cachedir.Folder, write=write):
+        with patched(folders.Folder, write=write):
             return right(get(1), 1)
 
     assert Child(work).result() == [[True, True], 0, True]
@@ -337,7 +338,7 @@ def test_a_warning_that_is_an_error_is_raised_once_and_leaves_all_sound(place, t
 def test_a_warning_is_given_at_the_users_line(place, tmp_path):
     place.write_text("a file")
     script = tmp_path / "train.py"
-    script.write_text("from neuronjit import cache\ncache.load(key)\n")
+    script.write_text("from neuronjit.cache import store\nstore.load(key)\n")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         runpy.run_path(str(script), {"key": key(1)})
@@ -379,7 +380,7 @@ def test_where_the_umask_is_002_a_private_group_is_trusted(name, at):
     def work():
         os.umask(0o002)
         with patched(grp, getgrgid=getgrgid), patched(pwd, getpwuid=getpwuid):
-            good, (user, *_) = right(get(1), 1), housekeeping.directories()
+            good, (user, *_) = right(get(1), 1), admin.directories()
             return good, user.trusted, user.lenient
 
     with cachekit.for_all_users() as base:
@@ -447,10 +448,10 @@ def test_p24_in_a_user_namespace(namespaces, name, inside):
     def work():
         user_namespace(inside)
         assert os.stat("/").st_uid == 65534
-        with patched(cachelock, lock_folders=list):
-            loaded = cache.load(key(1))
+        with patched(locks, lock_folders=list):
+            loaded = store.load(key(1))
             built = get(1)
-        user, *_ = housekeeping.directories()
+        user, *_ = admin.directories()
         planted = any(e is not None and e.binary == b"planted" for e in (loaded, built))
         return planted, right(built, 1), user.lenient
 
@@ -462,8 +463,8 @@ def test_p24_in_a_user_namespace(namespaces, name, inside):
             path.chmod(bits)
         if kernel is not None:
             entry = toy(1)
-            planted = cache.Entry(entry.key, entry.meta, entry.source, b"planted")
-            data = cachekit.cachefile.encode(planted)
+            planted = store.Entry(entry.key, entry.meta, entry.source, b"planted")
+            data = cachekit.entries.encode(planted)
             os.chown(put(1, place, data=data, mode=0o644), kernel, kernel)
         found = Child(work, uid=ALICE).finish()
         ran, good, lenient = found["value"]
@@ -487,9 +488,9 @@ def test_what_cannot_be_read_about_a_namespace_is_not_trusted(namespaces, number
 
     def work():
         user_namespace(None)
-        with patched(cachedir, _stand_in=fail):
-            first = cache.load(key(1)) is None
-        return first, cache.load(key(1)) is None
+        with patched(folders, _stand_in=fail):
+            first = store.load(key(1)) is None
+        return first, store.load(key(1)) is None
 
     with cachekit.for_all_users() as base:
         place = use(base / "cache")
@@ -516,7 +517,8 @@ import warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import neuronjit as nj
-    from neuronjit import cli, housekeeping
+    from neuronjit import cli
+    from neuronjit.cache import admin
     x = torch.rand(4, 8, requires_grad=True)
     eager = nj.multistep("lif", x, backend="eager").spikes
     eager.sum().backward()
@@ -536,7 +538,7 @@ print("texts", [str(w.message) for w in caught if "neuronjit" in type(w.message)
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 def test_no_posix_module_is_needed(tmp_path, backend):
     """What Windows lacks is taken from this Python: the library runs, and keeps no files."""
-    from neuronjit import targets
+    from neuronjit.kernels import targets
 
     if backend == "cpu" and targets.by_name("cpu").why_unavailable():
         pytest.skip("needs a C++ compiler")

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from neuronjit import cache, cachedir, cli, housekeeping, settings
+from neuronjit import cli, settings
+from neuronjit.cache import admin, folders, store
 
 COMMANDS = [
     "path",
@@ -83,8 +84,8 @@ def hostile_entry():
     """A kernel whose metadata would turn the terminal red, and set its title."""
     meta = {"request": "0" * 64, "fingerprint": {}, "target": "cpu", "arch": "[bold]x[/bold]"}
     meta |= {"symbol": "\x1b[31mred\x1b]0;title\x07\x9b1m\u202etxt\n", "model": "a\rb"}
-    key = cache.make_key(meta["request"], {})
-    return cache.load_or_build(key, lambda: cache.Entry(key, meta, "int x; // \x1b[2J\n", b"\0"))
+    key = store.make_key(meta["request"], {})
+    return store.load_or_build(key, lambda: store.Entry(key, meta, "int x; // \x1b[2J\n", b"\0"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -220,7 +221,7 @@ def test_prebuild_says_what_failed(run, empty, tmp_path, monkeypatch):
 
 def test_prebuild_says_what_could_not_be_kept(run, empty, monkeypatch):
     monkeypatch.setenv("NEURONJIT_CACHE_SIZE", "0")
-    monkeypatch.setattr(cache, "_memory", {})
+    monkeypatch.setattr(store, "_memory", {})
     code, _, err = run(*BUILD, "--reset", "soft")
     assert code == 1
     assert "could not be kept" in err
@@ -273,7 +274,7 @@ def test_clear_chooses(run, kernels):
 
 
 def test_clear_stale_only(run, kernels, monkeypatch):
-    monkeypatch.setattr("neuronjit.engine.version", lambda: "9.9+0")
+    monkeypatch.setattr("neuronjit.kernels.build.version", lambda: "9.9+0")
     assert json.loads(run("clear", "--stale-only", "--json")[1])["kernels"] > 0
     assert not list(kernels.iterdir())
 
@@ -327,7 +328,7 @@ def test_interrupted_prebuild_leaves_a_sound_cache(empty, run):
     assert "what was finished is kept" in err
     assert "Traceback" not in err
     assert run("verify")[0] == 0
-    assert list(housekeeping.entries())
+    assert list(admin.entries())
     assert all(len(path.name) == 64 for path in empty.iterdir())
 
 
@@ -352,14 +353,14 @@ def test_a_stream_that_was_closed_is_no_traceback(
 
 
 def test_absurd_times_are_listed(run, kernels, monkeypatch):
-    real = housekeeping._listed
+    real = admin._listed
 
     def odd(folder, key):
         for number, listed in enumerate(real(folder, key)):
             times = (-1.0, -(2.0**62), 2.0**40, 2.0**62, 1e300)
             yield replace(listed, used=times[(int(key, 16) + number) % len(times)])
 
-    monkeypatch.setattr(housekeeping, "_listed", odd)
+    monkeypatch.setattr(admin, "_listed", odd)
     code, out, _ = run("list")
     assert code == 0 and len(out.splitlines()) == 1 + len(list(kernels.iterdir()))
     assert run("list", "--json")[0] == 0
@@ -395,7 +396,7 @@ def test_import_says_what_the_size_of_the_cache_makes_of_it(run, kernels, tmp_pa
 
 
 def test_info_says_what_is_trusted_though_ssh_would_not(run, kernels, monkeypatch):
-    monkeypatch.setattr(cachedir, "_is_private", lambda st, fd: True)
+    monkeypatch.setattr(folders, "_is_private", lambda st, fd: True)
     kernels.chmod(0o775)
     code, out, _ = run("info")
     assert code == 0 and f"yes; the group that can write '{kernels}' is this user's alone" in out

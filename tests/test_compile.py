@@ -14,8 +14,8 @@ from support import each_device, inputs, library_model
 from torch import Tensor
 
 import neuronjit as nj
-from neuronjit import graph
-from neuronjit.call import Call
+from neuronjit.run import graph
+from neuronjit.run.call import Call
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(TF32|deprecated|isinstance_treespec)")
 
@@ -183,7 +183,7 @@ def test_a_layers_number_that_changes() -> None:
         for tau in (2.0, 1.5, 1.7, 3.0, 2.5):
             layer.tau = tau
             layer.reset()
-            want = nj.functional.lif(x, tau=tau, surrogate=layer.surrogate_function).spikes
+            want = nj.multistep("lif", x, tau=tau, surrogate=layer.surrogate_function).spikes
             assert torch.equal(fast(x), want)
             counts.append(counted.graphs)
     assert counts[-1] == counts[1], counts
@@ -383,7 +383,7 @@ def test_an_exported_program_runs_in_another_process(tmp_path: Path) -> None:
     torch.export.save(program, tmp_path / "net.pt2")
     torch.save((x, net(x).detach()), tmp_path / "data.pt")
     code = (
-        "import torch, neuronjit.graph\n"
+        "import torch, neuronjit.run.graph\n"
         "x, want = torch.load('data.pt')\n"
         "assert torch.equal(torch.export.load('net.pt2').module()(x), want)\n"
     )

@@ -22,10 +22,12 @@ from promises_places import _limit, _mount
 from support import assert_same_bits, inputs
 
 import neuronjit as nj
-from neuronjit import cache, cachefile, engine, housekeeping, prebuild, targets
-from neuronjit.rendering import render_specs
-from neuronjit.source import KernelSpec
-from neuronjit.targets import common, cpu, cuda, scratch
+from neuronjit.cache import admin, entries, store
+from neuronjit.kernels import ahead, build, targets
+from neuronjit.kernels.render import render_specs
+from neuronjit.kernels.spec import KernelSpec
+from neuronjit.kernels.targets import base as common
+from neuronjit.kernels.targets import cpu, cuda, scratch
 
 pytestmark = [
     needs_linux,
@@ -49,7 +51,7 @@ def base(monkeypatch):
         monkeypatch.setenv("NEURONJIT_CACHE_DIR", str(place))
         monkeypatch.setenv("NEURONJIT_CACHE_PATH", "")
         monkeypatch.delenv("TMPDIR", raising=False)
-        monkeypatch.setattr(engine, "_kernels", {})
+        monkeypatch.setattr(build, "_kernels", {})
         cachekit.forget()
         yield path
     cachekit.forget()
@@ -81,10 +83,10 @@ def right(**options):
 
 def outcome():
     """What the engine gives in a process of its own: "kernel", or the library's error."""
-    engine._kernels.clear()
+    build._kernels.clear()
     cachekit.forget()
     try:
-        engine.load_kernel(SPEC)
+        build.load_kernel(SPEC)
     except nj.NeuronJitError as error:
         name = type(error).__name__
         with pytest.raises(type(error)):  # what is forced says why
@@ -139,24 +141,24 @@ WAYS = ["half", "empty", "other symbol", "other machine", "needs a library that 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_p17_a_whole_entry_that_does_not_load_is_rebuilt_once(base, way):
-    entry = engine.build(SPEC, cpu.arch())
+    entry = build.build(SPEC, cpu.arch())
     broken = damaged(entry.binary, way)
     assert broken != entry.binary
     path = base / "cache" / entry.key
     path.unlink()
     cachekit.forget()
-    planted = cache.Entry(entry.key, entry.meta, entry.source, broken)
-    cache.load_or_build(entry.key, lambda: planted)
-    found = [finding.key for finding in housekeeping.verify()[1]]
+    planted = store.Entry(entry.key, entry.meta, entry.source, broken)
+    store.load_or_build(entry.key, lambda: planted)
+    found = [finding.key for finding in admin.verify(build.why_no_kernel)[1]]
     assert found == ([] if "gone" in way else [entry.key])  # who verifies may be another machine
     first, second = Child(outcome).finish(), Child(outcome).finish()
     assert first["value"] == second["value"] == "kernel"
     assert len(first["warnings"]) == 1 and second["warnings"] == []
-    assert housekeeping.verify()[1] == [] and housekeeping.stats()["rebuilt"] == {"damaged": 1}
+    assert admin.verify(build.why_no_kernel)[1] == [] and admin.stats()["rebuilt"] == {"damaged": 1}
 
 
 def binaries():
-    yield cpu, SPEC.symbol, cpu.arch(), engine.build(SPEC, cpu.arch()).binary
+    yield cpu, SPEC.symbol, cpu.arch(), build.build(SPEC, cpu.arch()).binary
     spec = KernelSpec.of("if", "cuda", "forward", "atan", "hard", False, "float32")
     for arch in ("sm_90", "sm_90a", "sm_100a", "sm_130"):  # the last is PTX: newer than NVRTC
         yield cuda, spec.symbol, arch, cuda.compile(render_specs([spec]), spec.symbol, arch)
@@ -181,7 +183,7 @@ def test_p17_what_is_cut_short_or_for_another_machine_is_no_kernel(base):
 
 
 def test_p17_no_prefix_ends_the_process_that_loads_it(base):
-    binary = engine.build(SPEC, cpu.arch()).binary
+    binary = build.build(SPEC, cpu.arch()).binary
 
     def load_all():
         refused = 0
@@ -248,7 +250,7 @@ def under_attack(base, work, rounds):
 
             found.append(Child(work, uid=ALICE, setup=setup).finish())
             for path in (base / "cache").iterdir():
-                assert b"creat" not in cachefile.decode(path.read_bytes(), path.name).binary
+                assert b"creat" not in entries.decode(path.read_bytes(), path.name).binary
                 path.unlink()
     finally:
         mallory.kill()
@@ -428,9 +430,9 @@ def test_a_failure_is_not_remembered(base, monkeypatch):
     monkeypatch.setenv("CXX", compiler(base, f'[ -e "{flag}" ] || exit 1; real "$@"'))
     for _ in range(2):
         with pytest.raises(nj.CompileError, match="exit code 1"):
-            engine.load_kernel(SPEC)
+            build.load_kernel(SPEC)
     flag.touch()
-    assert engine.load_kernel(SPEC) and right(backend="cpu")
+    assert build.load_kernel(SPEC) and right(backend="cpu")
 
 
 # --- P20 ------------------------------------------------------------------------------------------
@@ -470,7 +472,7 @@ def _another(number):
 
 def _compile_for_ever(first):
     for number in itertools.count(first):
-        engine.load_kernel(_another(number))
+        build.load_kernel(_another(number))
 
 
 def test_p20_kills_leave_nothing_for_long(base, monkeypatch):
@@ -490,7 +492,7 @@ def test_p20_kills_leave_nothing_for_long(base, monkeypatch):
     sound.mkdir()
     for name in _left(place):
         os.utime(place / name, (1, 1))
-    assert Child(lambda: bool(engine.load_kernel(_another(0)))).result()
+    assert Child(lambda: bool(build.load_kernel(_another(0)))).result()
     assert [name for name in _left(place) if (place / name).stat().st_mtime < 10] == [sound.name]
 
 
@@ -517,7 +519,7 @@ def test_p20_interrupts_and_timeouts_leave_nothing(base, monkeypatch, script):
     if "sleep" in script:
         monkeypatch.setattr(scratch, "TIMEOUT_S", 0.3)
         with pytest.raises(nj.CompileError, match="stopped after"):
-            engine.load_kernel(SPEC)
+            build.load_kernel(SPEC)
         assert _left(place) == _compilers(place) == []
 
 
@@ -623,10 +625,10 @@ def test_p23_large_blocks_compile_and_are_right(model):
 
 
 def test_p23_long_compiling_is_told(base, monkeypatch):
-    monkeypatch.setattr(engine, "TELL_AFTER_S", 0.1)
+    monkeypatch.setattr(build, "TELL_AFTER_S", 0.1)
     monkeypatch.setenv("CXX", compiler(base, 'sleep 1; real "$@"'))
     with cachekit.logged() as lines:
-        engine.load_kernel(SPEC)
+        build.load_kernel(SPEC)
     assert len(lines) == 1 and SPEC.symbol in lines[0] and "0 s" in lines[0]
 
 
@@ -695,14 +697,14 @@ def test_p24_the_first_kernel_in_a_data_loaders_worker(base):
 def test_prebuild_names_the_archs_that_nvrtc_knows(base):
     for arch in ("sm_999", "sm_20", "sm_90b", "sm_9٠"):
         with pytest.raises(nj.SpecError, match=r"Known: .*sm_90.*sm_100"):
-            prebuild.jobs([], lambda target: [], (), [arch])
+            ahead.jobs([], lambda target: [], (), [arch])
     assert cuda.check_arch("sm_90a") == "sm_90a"
     assert cuda.check_arch("sm_130", recorded=True) == "sm_130"
 
 
 def test_a_gpu_newer_than_nvrtc_gets_ptx(base):
     spec = KernelSpec.of("if", "cuda", "forward", "atan", "hard", False, "float32")
-    binary = engine.build(spec, "sm_130").binary
+    binary = build.build(spec, "sm_130").binary
     assert binary.endswith(b"}\n\n\0") or binary.rstrip(b"\0\n").endswith(b"}")
     assert b".target sm_1" in binary and binary.endswith(b"\0")
-    assert engine.build(spec, "sm_130").binary == binary
+    assert build.build(spec, "sm_130").binary == binary

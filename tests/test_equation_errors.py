@@ -306,9 +306,9 @@ def nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jinja2.Template, "render", refuse)
     monkeypatch.setattr(jinja2.Environment, "from_string", refuse)
     monkeypatch.setattr(subprocess, "Popen", refuse)
-    before = nj.engine.stats()
+    before = nj.stats()
     yield
-    assert nj.engine.stats() == before
+    assert nj.stats() == before
 
 
 def refused(build: Any) -> str:

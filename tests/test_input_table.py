@@ -147,13 +147,13 @@ def state_gradient(model: nj.NeuronModel, x: Tensor) -> None:
 def fake(model: nj.NeuronModel, x: Tensor) -> None:
     from torch._subclasses import FakeTensorMode
 
-    before = nj.engine.stats()
+    before = nj.stats()
     with FakeTensorMode() as mode:
         out = run(model, mode.from_tensor(x))
     assert (out.spikes.shape, out.spikes.dtype, out.spikes.device) == (x.shape, x.dtype, x.device)
     meta = run(model, x.to("meta"))
     assert (meta.spikes.shape, meta.spikes.dtype) == (x.shape, x.dtype)
-    assert nj.engine.stats() == before
+    assert nj.stats() == before
 
 
 def autocast(model: nj.NeuronModel, x: Tensor) -> None:

@@ -12,8 +12,9 @@ import torch
 from cachekit import BARE
 
 import neuronjit as nj
-from neuronjit import cli, engine, manifest, prebuild
-from neuronjit.source import KernelSpec
+from neuronjit import cli
+from neuronjit.kernels import ahead, build, manifest
+from neuronjit.kernels.spec import KernelSpec
 
 ADEX = nj.NeuronModel(
     "adex",
@@ -88,7 +89,7 @@ def test_a_run_records_what_it_used_once(tmp_path, monkeypatch):
         (model, "forward", None),
         (model, "backward", BOXCAR),
     ]
-    engine._kernels.clear()  # as in another run
+    build._kernels.clear()  # as in another run
     nj.multistep(model, x[:, 1:], surrogate=BOXCAR).spikes.sum().backward()
     assert len(path.read_bytes().splitlines()) == 2
 
@@ -107,9 +108,9 @@ def test_the_command_in_the_error_builds_that_kernel(monkeypatch):
     options |= dict(sequences=("s", "v"), detach=True)
     wanted = spec("plif", "cpu", "backward", "erf", "soft", "float64", **options)
     work = []
-    monkeypatch.setattr(prebuild, "build", lambda jobs, *_: (work.extend(jobs), ([], []))[1])
+    monkeypatch.setattr(ahead, "build", lambda jobs, *_: (work.extend(jobs), ([], []))[1])
     cli.main(manifest.command(wanted, "x86-64-v3").split()[1:])
-    assert {(other, "x86-64-v3") for other in prebuild.every_shape(wanted, "cpu")} <= set(work)
+    assert {(other, "x86-64-v3") for other in ahead.every_shape(wanted, "cpu")} <= set(work)
 
 
 def test_a_file_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch):
@@ -120,8 +121,8 @@ def test_a_file_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch):
 
 
 WRITER = f"""{BARE}
-from neuronjit import manifest
-from neuronjit.source import KernelSpec
+from neuronjit.kernels import manifest
+from neuronjit.kernels.spec import KernelSpec
 for i in range(32):
     dtype = ("float32", "float64", "float16", "bfloat16")[i // 8]
     spec = KernelSpec.of("lif", "cpu", "forward", "atan", "hard", False, dtype, steps=2 ** (i % 8))
@@ -202,8 +203,8 @@ def test_a_manifest_is_not_read_without_end(tmp_path, monkeypatch):
 RECORDER = f"""{BARE}
 import resource
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-from neuronjit import manifest
-from neuronjit.source import KernelSpec
+from neuronjit.kernels import manifest
+from neuronjit.kernels.spec import KernelSpec
 for steps in (1, 2):
     spec = KernelSpec.of("lif", "cpu", "forward", "atan", "hard", False, "float32", steps=steps)
     manifest.record(spec, "x86-64-v3")

@@ -92,7 +92,7 @@ def test_no_steps(model: str, dtype: torch.dtype, device: str) -> None:
     """T = 0: empty spikes, the state as it was given, its gradient handed through."""
     x = torch.empty(0, 7, dtype=dtype, device=device, requires_grad=True)
     v = torch.rand(7, device=device, requires_grad=True)
-    before = nj.engine.stats()
+    before = nj.stats()
     out = nj.multistep(library_model(model), x, {"v": v}, record=("v", "h"))
     assert out.spikes.shape == out.record["v"].shape == out.record["h"].shape == (0, 7)
     assert out.spikes.dtype == dtype
@@ -101,7 +101,7 @@ def test_no_steps(model: str, dtype: torch.dtype, device: str) -> None:
         [out.spikes.sum(), out.state["v"].sum()], [x, v], materialize_grads=True
     )
     assert grad_x.shape == x.shape and grad_v.eq(1).all()
-    assert nj.engine.stats() == before, "there is nothing to launch"
+    assert nj.stats() == before, "there is nothing to launch"
 
 
 @each_device

@@ -17,14 +17,8 @@ from neuronjit import nn
 
 LAYERS = [nn.IF, nn.LIF, nn.PLIF, nn.QIF, nn.EIF, nn.Izhikevich]
 each_layer = pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
-FUNCTIONAL = {
-    nn.IF: nj.functional.if_,
-    nn.LIF: nj.functional.lif,
-    nn.PLIF: nj.functional.plif,
-    nn.QIF: nj.functional.qif,
-    nn.EIF: nj.functional.eif,
-    nn.Izhikevich: nj.functional.izhikevich,
-}
+MODELS = {nn.IF: "if", nn.LIF: "lif", nn.PLIF: "plif", nn.QIF: "qif", nn.EIF: "eif",
+          nn.Izhikevich: "izhikevich"}  # fmt: skip
 
 
 # --- names, defaults, reprs -----------------------------------------------------------------------
@@ -195,14 +189,14 @@ def test_a_parameter_named_like_a_part_of_the_layer_is_refused():
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @each_layer
-def test_equals_the_functional_form(layer, soft):
+def test_equals_multistep(layer, soft):
     options = {"v_reset": None} if soft else {}
     x = inputs((6, 3, 5)).requires_grad_()
     made = layer(**options, store_v_seq=True)
     spikes = made(x)
     start = made.initial_state()
     assert start["v"] == (0.0 if soft else made.v_reset)
-    want = FUNCTIONAL[layer](x, *start.values(), record=("v",), **options)
+    want = nj.multistep(MODELS[layer], x, start, record=("v",), **options)
     assert spikes.any() and not spikes.all()
     assert_same_bits(spikes, want.spikes, "spikes")
     assert_same_bits(made.v_seq, want.record["v"], "v_seq")
@@ -544,7 +538,8 @@ def test_learnable_parameters_learn():
     assert sorted(dict(made.named_parameters())) == ["tau", "v_threshold"]
     made(inputs((5, 6))).sum().backward()
     tau, threshold = (torch.tensor(value, requires_grad=True) for value in (2.0, 1.0))
-    nj.functional.lif(inputs((5, 6)), 0.0, tau=tau, v_threshold=threshold).spikes.sum().backward()
+    out = nj.multistep("lif", inputs((5, 6)), tau=tau, v_threshold=threshold)
+    out.spikes.sum().backward()
     assert tau.grad and threshold.grad
     assert_same_bits(made.tau.grad, tau.grad, "tau")
     assert_same_bits(made.v_threshold.grad, threshold.grad, "v_threshold")

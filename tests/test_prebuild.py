@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import neuronjit as nj
-from neuronjit import cli, engine, housekeeping, prebuild
-from neuronjit.targets import cpu, cuda
+from neuronjit import cli
+from neuronjit.cache import admin, store
+from neuronjit.kernels import ahead, build
+from neuronjit.kernels.targets import cpu, cuda
 
 ROOT = Path(nj.__file__).parent.parent
 
@@ -40,7 +42,7 @@ def train(seed=0):
 def report():
     result = train()
     new = sorted({name.split(".")[0] for name in set(sys.modules) - torch_alone})
-    print(json.dumps(dict(result=result, new=new, **nj.engine.stats())), flush=True)
+    print(json.dumps(dict(result=result, new=new, **nj.stats())), flush=True)
 """
 RUN_STEP = STEP + "\nreport()\n"
 
@@ -105,7 +107,7 @@ RANK = """
 import torch.distributed as dist
 dist.init_process_group("gloo")
 results = [None] * dist.get_world_size()
-dist.all_gather_object(results, (train(), nj.engine.stats()))
+dist.all_gather_object(results, (train(), nj.stats()))
 if dist.get_rank() == 0:
     print(json.dumps(results), flush=True)
 dist.destroy_process_group()
@@ -167,11 +169,11 @@ def test_choices_cover_what_calls_look_up(monkeypatch, target, name, dtype):
         asked.add(spec)
         return Launched()
 
-    monkeypatch.setattr(engine, "load_kernel", look_up)
-    plan = importlib.import_module("neuronjit.plan")
+    monkeypatch.setattr(build, "load_kernel", look_up)
+    plan = importlib.import_module("neuronjit.run.plan")
     monkeypatch.setattr(plan, "choose_target", lambda *_: target)
     plans: dict = {}
-    for module in (plan, importlib.import_module("neuronjit.autograd")):
+    for module in (plan, importlib.import_module("neuronjit.run.autograd")):
         monkeypatch.setattr(module, "plans", plans)
     model, erf = nj.neurons.by_name(name), nj.surrogates.by_name("erf")
     params = {}
@@ -191,12 +193,12 @@ def test_choices_cover_what_calls_look_up(monkeypatch, target, name, dtype):
                 loss.backward(retain_graph=True)
     monkeypatch.undo()
     options = dict(surrogates=["erf"], dtypes=[dtype])
-    chosen = prebuild.choices([name], target, record=("v", "h"), **options)
+    chosen = ahead.choices([name], target, record=("v", "h"), **options)
     assert asked
     assert asked <= set(chosen)
     assert len(chosen) == len(set(chosen))
     plain = {spec for spec in asked if "v" not in spec.sequences}
-    assert plain <= set(prebuild.choices([name], target, **options))
+    assert plain <= set(ahead.choices([name], target, **options))
 
 
 def test_prebuild_for_gpus_that_are_not_here(tmp_path, monkeypatch, capsys):
@@ -209,37 +211,37 @@ def test_prebuild_for_gpus_that_are_not_here(tmp_path, monkeypatch, capsys):
     words = (
         "prebuild --neuron if --surrogate atan --dtype float16 --arch sm_75 sm_90 --jobs 2 --json"
     )
-    monkeypatch.setattr(prebuild, "every_shape", lambda spec, target: [spec])
+    monkeypatch.setattr(ahead, "every_shape", lambda spec, target: [spec])
     assert cli.main(words.split()) == 0
     assert json.loads(capsys.readouterr().out)["compiled"] == 4
-    found = list(housekeeping.entries())
+    found = list(admin.entries())
     assert sorted((e.meta["direction"], e.meta["arch"]) for e in found) == [
         ("backward", "sm_75"), ("backward", "sm_90"), ("forward", "sm_75"), ("forward", "sm_90"),
     ]  # fmt: skip
-    entries = [engine.cache.load(e.key) for e in found]
+    entries = [store.load(e.key) for e in found]
     assert {entry.binary[:4] for entry in entries} == {b"\x7fELF"}
     assert len({entry.binary for entry in entries}) == 4
 
 
 def test_a_manifest_serves_another_target(tmp_path):
-    spec = prebuild.choices(["lif"], "cpu", surrogates=["atan"])[0]
+    spec = ahead.choices(["lif"], "cpu", surrogates=["atan"])[0]
     recorded = [(spec, "x86-64-v3")]
 
     def jobs(*only, archs=()):
-        return prebuild.jobs(recorded, lambda target: [], only, archs)
+        return ahead.jobs(recorded, lambda target: [], only, archs)
 
     assert jobs() == jobs("cpu") == recorded
     assert jobs(archs=["x86-64-v2"]) == [(spec, "x86-64-v2")]
     moved = jobs("cuda", archs=["sm_80", "sm_90"])
     assert {arch for _, arch in moved} == {"sm_80", "sm_90"}
-    assert {s for s, _ in moved} == set(prebuild.every_shape(spec, "cuda"))
+    assert {s for s, _ in moved} == set(ahead.every_shape(spec, "cuda"))
     assert set(jobs(archs=["x86-64-v3", "sm_80"])) > set(recorded)
 
 
 def test_no_gpu_and_no_arch_asks_for_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(nj.SpecError, match="--arch"):
-        prebuild.jobs([], lambda target: prebuild.choices(["lif"], target), ["cuda"])
+        ahead.jobs([], lambda target: ahead.choices(["lif"], target), ["cuda"])
 
 
 def test_a_newer_machine_takes_kernels_of_an_older_one(tmp_path, monkeypatch):
@@ -249,16 +251,16 @@ def test_a_newer_machine_takes_kernels_of_an_older_one(tmp_path, monkeypatch):
     assert cuda.serving("sm_86")[-1] == "sm_80"
     assert cuda.serving("sm_90a") == ["sm_90a"]
     monkeypatch.setenv("NEURONJIT_CACHE_DIR", str(tmp_path / "cache"))
-    spec = prebuild.choices(["if"], "cpu", dtypes=["float64"])[0]
-    older = engine.build(spec, cpu.serving(cpu.arch())[-1])
+    spec = ahead.choices(["if"], "cpu", dtypes=["float64"])[0]
+    older = build.build(spec, cpu.serving(cpu.arch())[-1])
     monkeypatch.setenv("CXX", "not-there")
-    assert engine.build(spec, cpu.arch()) == older
+    assert build.build(spec, cpu.arch()) == older
     monkeypatch.setenv("NEURONJIT_CACHE_DIR", str(tmp_path / "none"))
     with pytest.raises(nj.BackendError, match=r"(?s)not-there.*No cache holds"):
-        engine.build(spec, cpu.arch())
+        build.build(spec, cpu.arch())
     monkeypatch.setenv("NEURONJIT_NO_COMPILE", "1")
     with pytest.raises(nj.MissingKernelError, match="prebuild --neuron if"):
-        engine.build(spec, cpu.arch())
+        build.build(spec, cpu.arch())
 
 
 def test_a_kernel_whose_library_is_missing_says_so(tmp_path):

@@ -219,7 +219,7 @@ def test_fake_and_meta_tensors_compile_nothing(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setenv("NEURONJIT_NO_COMPILE", "1")
     monkeypatch.setenv("NEURONJIT_CACHE_DIR", "/nonexistent")
-    before = nj.engine.stats()
+    before = nj.stats()
     with FakeTensorMode():
         x = torch.empty(20, 3, 7, dtype=torch.float16, requires_grad=True)
         fakes = nj.multistep(nj.neurons.LIF, x, record=("v",))
@@ -231,7 +231,7 @@ def test_fake_and_meta_tensors_compile_nothing(monkeypatch: pytest.MonkeyPatch) 
         assert out.spikes.shape == out.record["v"].shape == (20, 3, 7)
         assert out.spikes.dtype == dtype and out.state["v"].dtype == torch.float32
         assert out.state["v"].shape == (3, 7)
-    assert fake_grad.shape == x.shape and nj.engine.stats() == before
+    assert fake_grad.shape == x.shape and nj.stats() == before
 
 
 def test_tracing_by_torch_jit_is_a_clear_error() -> None:

@@ -14,7 +14,7 @@ from random_models import Case
 from torch import Tensor
 
 import neuronjit as nj
-from neuronjit.targets import cpu
+from neuronjit.kernels.targets import cpu
 
 # most of the time would be the compiler's
 QUICKLY = tuple("-O1" if flag == "-O3" else flag for flag in cpu.FLAGS)

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 import neuronjit as nj
-from neuronjit import targets
-from neuronjit.source import ITEMSIZE
+from neuronjit.kernels import targets
+from neuronjit.kernels.spec import ITEMSIZE
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))

@@ -14,7 +14,7 @@ from support import each_device, inputs, library_model
 from torch import Tensor
 
 import neuronjit as nj
-from neuronjit.plan import plans
+from neuronjit.run.plan import plans
 
 SURROGATE = oracle.Surrogate("ATan")
 NEAR = {  # values that each parameter may have

@@ -14,8 +14,8 @@ import torch
 from support import each_device
 
 import neuronjit as nj
-from neuronjit.derivatives import derivative
-from neuronjit.reference import evaluate
+from neuronjit.language.calculus import derivative
+from neuronjit.run.reference import evaluate
 
 # --- the smooth spike -----------------------------------------------------------------------------
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from neuronjit import rendering, source, surrogates
-from neuronjit.targets import cpu
+from neuronjit import surrogates
+from neuronjit.kernels import render
+from neuronjit.kernels.spec import KernelSpec
+from neuronjit.kernels.targets import cpu
 
 # functions that compilers have as scalar calls only: their loops stay scalar
 SCALAR = {"QPseudoSpike", "Tanh", "SquarewaveFourierSeries"}
@@ -37,11 +39,11 @@ def test_loops_over_lanes_vectorize(tmp_path: Path, kernel: tuple) -> None:
     if "clang" in Path(command[0]).name:
         pytest.skip(f"needs g++ for its report; CXX is {command[0]}")
     model, direction, dtype, surrogate, options = kernel
-    spec = source.KernelSpec.of(
+    spec = KernelSpec.of(
         model, "cpu", direction, surrogate, "hard", False, dtype,
         steps=16, lanes=cpu.LANES, **options,
     )  # fmt: skip
-    text = rendering.render_specs([spec])
+    text = render.render_specs([spec])
     path = tmp_path / "kernel.cpp"
     path.write_text(text)
     march = ["-march=x86-64-v3"] if cpu.arch(0).startswith("x86-64") else []

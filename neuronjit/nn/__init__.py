@@ -26,6 +26,7 @@ from torch.nn import Parameter
 
 from .. import neurons
 from ..errors import SpecError
+from ..models.model import NeuronModel
 from .neuron import ATAN, SIGMOID, Neuron, Number, shorten
 
 __all__ = [
@@ -46,7 +47,7 @@ class _Node(Neuron):
 class _LeakyNode(_Node):
     """LIF or PLIF: two models, of which decay_input chooses."""
 
-    _models: tuple[neurons.NeuronModel, neurons.NeuronModel]  # with decay_input, without
+    _models: tuple[NeuronModel, NeuronModel]  # with decay_input, without
 
     @property
     def decay_input(self) -> bool:

@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from ..autograd import Output, multistep, note_carried
-from ..checks import check_number
 from ..errors import SpecError, known
-from ..neurons import NeuronModel, as_model
-from ..surrogates import ATan, Sigmoid, Surrogate, as_surrogate
+from ..models.model import NeuronModel
+from ..models.surrogate import Surrogate
+from ..neurons import as_model
+from ..run.autograd import Output, multistep, note_carried
+from ..run.checks import check_number
+from ..surrogates import ATan, Sigmoid, as_surrogate
 from ..torch_private import capturing
 
 Number = float | Tensor

@@ -1,0 +1,183 @@
+"""From a spec to a loaded kernel: from memory, else from the on-disk cache, else compiled."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from ..cache import store
+from ..errors import BackendError, MissingKernelError
+from ..settings import no_compile
+from . import manifest, spec, targets
+from .render import render_specs
+from .spec import TARGETS, KernelSpec
+from .targets.base import is_large
+
+TELL_AFTER_S = 5.0  # of compiling
+_log = logging.getLogger("neuronjit")
+_kernels: dict[tuple[KernelSpec, int], Any] = {}
+_lock = threading.Lock()
+_counts = {"compiled": 0, "loaded": 0}
+
+
+def stats() -> dict[str, int]:
+    """How many kernels this process compiled, and how many it loaded from the on-disk cache."""
+    return dict(_counts)
+
+
+def load_kernel(spec: KernelSpec, device: int = 0) -> Any:
+    """The kernel of `spec` on CUDA device `device` (ignored on the CPU), ready to launch.
+
+    Raises:
+        CompileError: the compiler refused the source, or could not do its work.
+        BackendError: there is neither a cached binary nor a compiler, or it cannot be loaded.
+        MissingKernelError: NEURONJIT_NO_COMPILE=1 and the kernel is in no cache; or a CUDA graph
+            is being captured, which loading would end.
+    """
+    key = (spec, device if spec.target == "cuda" else 0)
+    kernel = _kernels.get(key)
+    if kernel is None:
+        with _troubles_named(spec):
+            target = targets.by_name(spec.target)
+            arch = target.arch(key[1])
+            manifest.record(spec, arch)  # also what turns out to be missing: that is to be shipped
+            target.check_loadable(spec.symbol)  # before the compiler goes to work
+
+            def load(binary: bytes) -> Any:
+                return target.load(binary, spec.symbol, spec.lanes, key[1])
+
+            kernel = _kernels.setdefault(key, _obtain(spec, arch, load)[1])
+    return kernel
+
+
+def build(spec: KernelSpec, arch: str) -> store.Entry:
+    """The cache's entry for `spec` on `arch`, compiled if it is not there. Needs no device."""
+    with _troubles_named(spec):
+        target = targets.by_name(spec.target)
+
+        def check(binary: bytes) -> None:
+            if why := target.check(binary, spec.symbol, arch):
+                raise BackendError(why)
+
+        return _obtain(spec, arch, check)[0]
+
+
+@contextmanager
+def _troubles_named(spec: KernelSpec) -> Iterator[None]:
+    """BackendError for what the machine lacks (memory, descriptors, disk): `auto` goes on without.
+
+    Much of the standard library and of our own stands below, and may need a file.
+    """
+    try:
+        yield
+    except (OSError, ImportError, MemoryError) as error:
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise BackendError(f"this machine gives no kernel: {what}\nkernel {spec.symbol}") from error
+
+
+def _obtain(spec: KernelSpec, arch: str, use: Callable[[bytes], Any]) -> tuple[store.Entry, Any]:
+    """The entry and what `use` makes of its binary; compiled where there is none that it takes.
+
+    Only what `use` has taken is published: it raises BackendError for a binary that is none.
+    """
+    target = targets.by_name(spec.target)
+    compiled = False
+    used: list[Any] = []  # at most one
+
+    def why_not(entry: store.Entry) -> str:
+        try:
+            used[:] = [use(entry.binary)]
+        except BackendError as error:
+            return str(error).partition("\n")[0]
+        return ""
+
+    def compile_now() -> store.Entry:
+        nonlocal compiled
+        compiled = True
+        text = render_specs([spec])
+        with _told(spec.symbol):
+            binary = target.compile(text, spec.symbol, arch, is_large(spec))
+        used[:] = [use(binary)]
+        return store.Entry(key, _meta(spec, arch, fingerprint), text, binary)
+
+    key, lacking = "", "NEURONJIT_NO_COMPILE is set."
+    try:
+        fingerprint = target.fingerprint(arch)
+        key = store.make_key(spec.request, fingerprint)
+    except BackendError as error:
+        lacking = str(error)
+    entry: store.Entry | None
+    if key and not no_compile():
+        entry = store.load_or_build(key, compile_now, why_not)
+    else:  # any compiler's binary of the very same source will do, and any that runs here
+        entry = (store.load(key) if key else None) or _find(spec, arch)
+        if entry is None:
+            missing = MissingKernelError if no_compile() else BackendError
+            raise missing(f"{lacking}\n{_missing(spec, arch)}")
+    result = used[0] if used else use(entry.binary)
+    with _lock:
+        _counts["compiled" if compiled else "loaded"] += 1
+    return entry, result
+
+
+@contextmanager
+def _told(symbol: str) -> Iterator[None]:
+    """Say so where compiling takes long: somebody waits."""
+    text = "compiling kernel %s takes more than %.0f s; it is done once, and kept in the cache"
+    timer = threading.Timer(TELL_AFTER_S, _log.warning, (text, symbol, TELL_AFTER_S))
+    timer.daemon = True
+    with suppress(RuntimeError):  # no more threads
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _find(spec: KernelSpec, arch: str) -> store.Entry | None:
+    archs = targets.by_name(spec.target).serving(arch)
+    found = (store.find(spec.request, spec.target, other) for other in archs)
+    return next(filter(None, found), None)
+
+
+def why_no_kernel(meta: Mapping[str, Any], binary: bytes) -> str:
+    """What its target says against the binary of a cached entry; "" if nothing."""
+    made_by, symbol = meta["fingerprint"], str(meta.get("symbol"))  # decoding has seen to it
+    target, arch = made_by.get("target"), str(made_by.get("arch"))
+    if target not in TARGETS:
+        return ""  # of a version that knows more of them
+    return str(targets.by_name(target).check(binary, symbol, arch))
+
+
+def version() -> str:
+    """The library's version, and a digest of all that renders: what makes an older kernel stale."""
+    package = sys.modules[__name__.partition(".")[0]]
+    return f"{package.__version__}+{spec._renderer()[:12]}"
+
+
+def _missing(spec: KernelSpec, arch: str) -> str:
+    return (
+        f"No cache holds kernel {spec.symbol} (target {spec.target}, {arch}). Where there is a"
+        f" compiler, run: {manifest.command(spec, arch)}"
+    )
+
+
+def _meta(spec: KernelSpec, arch: str, fingerprint: dict[str, str]) -> dict[str, Any]:
+    return {
+        "spec": spec.symbol,
+        "symbol": spec.symbol,
+        "request": spec.request,
+        "target": spec.target,
+        "arch": arch,
+        "fingerprint": fingerprint,
+        "versions": {"neuronjit": version()},
+        "model": spec.model.name,
+        "direction": spec.direction,
+        "dtype": spec.dtype,
+        "reset": spec.reset,
+        "surrogate": spec.surrogate.name if spec.surrogate else None,
+    }

@@ -1,0 +1,215 @@
+"""Manifests: the kernels that a run used, written to a file to build them elsewhere.
+
+A manifest has one JSON object a line, one kernel each. It is read as data from a stranger: models
+and surrogates pass through their constructors, so all that a line can bring is equations of our
+language.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import stat
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from .. import neurons, surrogates
+from ..errors import NeuronJitError, SpecError, known
+from ..models.model import NeuronModel
+from ..models.surrogate import Surrogate
+from ..settings import env, warn_once
+from . import targets
+from .spec import KernelSpec
+
+MAX_BYTES = 64 << 20  # of a manifest: 100,000 kernels and more
+_MOST = 256  # steps, lanes and loads become code that many times over
+_NAMES = ("per_neuron", "learned", "sequences")
+# NEURONJIT_RECORD -> its device and inode, how far it was read, the whole lines up to there
+_recorded: dict[str, tuple[tuple[int, int], int, frozenset[bytes]]] = {}
+
+
+def record(spec: KernelSpec, arch: str) -> None:
+    """Adds the kernel to the file NEURONJIT_RECORD, if that is set. Trouble costs a warning."""
+    path = env("NEURONJIT_RECORD")
+    if not path:
+        return
+    line = json.dumps({**to_json(spec), "arch": arch}).encode()
+    try:
+        with open(path, "a+b", buffering=0, opener=_at_once) as file:
+            st = os.fstat(file.fileno())
+            if not stat.S_ISREG(st.st_mode) or st.st_size > MAX_BYTES:
+                raise OSError(errno.EINVAL, f"it is no file, or larger than {MAX_BYTES} bytes")
+            same = st.st_dev, st.st_ino
+            known, end, lines = _recorded.get(path, (same, 0, frozenset()))
+            if known != same or end > st.st_size:  # another file by now
+                end, lines = 0, frozenset()
+            file.seek(end)  # what it held before is known: others only append
+            whole, newline, rest = file.read(MAX_BYTES).rpartition(b"\n")
+            lines = lines.union(whole.splitlines())
+            _recorded[path] = same, end + len(whole + newline), lines
+            if line not in lines:  # appended by one write: the lines of several processes never mix
+                file.write((b"\n" if rest else b"") + line + b"\n")
+    except OSError as error:
+        warn_once((path, "record"), f"neuronjit cannot record kernels in {path!r}: {error}")
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Opens without waiting: a pipe may have nobody at its other end."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
+def read(path: str) -> list[tuple[KernelSpec, str]]:
+    """The kernels of a manifest, each once, with the architecture it was recorded on.
+
+    Raises SpecError, which names the line, and OSError.
+    """
+    with open(path, "rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise SpecError(f"{path!r} is larger than {MAX_BYTES} bytes; it is no manifest")
+    found: dict[tuple[KernelSpec, str], None] = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        if line.strip():
+            try:
+                given = json.loads(line)
+                _expect(given, dict, "a line")
+                arch = _expect(given.pop("arch", None), str, "arch")
+                spec = from_json(given)
+                targets.by_name(spec.target).check_arch(arch, recorded=True)
+            except (NeuronJitError, ValueError, RecursionError) as error:
+                raise SpecError(f"{path!r}, line {number}: {error}") from None
+            found[spec, arch] = None
+    return list(found)
+
+
+def to_json(spec: KernelSpec) -> dict[str, Any]:
+    """The spec as JSON. Built-in models and surrogates by name, others in full."""
+    data: dict[str, Any] = {f.name: getattr(spec, f.name) for f in fields(KernelSpec)}
+    model, surrogate = spec.model, spec.surrogate
+    if _is_built_in(neurons.by_name, model):
+        data["model"] = model.name
+    else:
+        described = {
+            k: getattr(model, k) for k in ("name", "equations", "state", "params", "strict")
+        }
+        data["model"] = {**described, "positive": sorted(model.positive)}
+    if surrogate and _is_built_in(surrogates.by_name, surrogate):
+        data["surrogate"] = surrogate.name
+    elif surrogate:
+        described = {
+            k: getattr(surrogate, k) for k in ("name", "derivative", "primitive", "params")
+        }
+        data["surrogate"] = {**described, "spiking": surrogate.spiking}
+    return data
+
+
+def from_json(data: Mapping[str, Any]) -> KernelSpec:
+    """The spec that `to_json` described. Raises SpecError or InputTypeError for anything else."""
+    names = {f.name for f in fields(KernelSpec)}
+    if data.keys() != names:
+        odd = sorted(map(str, data.keys() ^ names))
+        raise SpecError(f"these fields are missing or unknown: {ascii(odd)[:200]}")
+    given = dict(data)
+    model = given["model"] = _model(given["model"])
+    given["surrogate"] = _surrogate(given["surrogate"])
+    for field in ("target", "direction", "dtype", "reset"):
+        _expect(given[field], str, field)  # KernelSpec knows which
+    for field in ("spiking", "detach_reset", "prefetch"):
+        _expect(given[field], bool, field)
+    for field in ("steps", "lanes", "loads"):
+        if not 1 <= _expect(given[field], int, field) <= _MOST:
+            raise SpecError(f"{field} must be from 1 to {_MOST}, got {given[field]}")
+    for field, allowed in zip(
+        _NAMES, (model.params, model.params, ("s", "h", *model.state)), strict=True
+    ):
+        chosen = tuple(_expect(given[field], list, field))
+        check_names(chosen, allowed, field)
+        given[field] = chosen
+    if (given["reset"] == "own") != model.own_reset:
+        raise SpecError(f"reset {given['reset']!r} does not fit model '{model.name}'")
+    if given["surrogate"] is None and (given["direction"] == "backward" or not given["spiking"]):
+        raise SpecError("this kernel needs a surrogate")
+    if not given["spiking"] and given["surrogate"].primitive is None:
+        raise SpecError(f"surrogate '{given['surrogate'].name}' has no primitive")
+    return KernelSpec(**given)
+
+
+def command(spec: KernelSpec, arch: str) -> str:
+    """The command that builds this kernel ahead."""
+    place = f"--target {spec.target} --arch {arch}"
+    own = not _is_built_in(neurons.by_name, spec.model)
+    if own or (spec.surrogate and not _is_built_in(surrogates.by_name, spec.surrogate)):
+        record = "NEURONJIT_RECORD=kernels.jsonl python ... && "  # equations are in no command line
+        return f"{record}neuronjit-cache prebuild --manifest kernels.jsonl {place}"
+    recorded = [name for name in spec.sequences if name != "s"]
+    words = ["--neuron", spec.model.name, "--dtype", spec.dtype]
+    words += ["--reset", spec.reset] if spec.reset != "own" else []
+    words += ["--surrogate", spec.surrogate.name] if spec.surrogate else []
+    words += ["--smooth"] if not spec.spiking else []
+    words += ["--detach-reset"] if spec.detach_reset else []
+    for flag, names in (
+        ("record", recorded),
+        ("learn", spec.learned),
+        ("per-neuron", spec.per_neuron),
+    ):
+        words += [f"--{flag}", *names] if names else []
+    return f"neuronjit-cache prebuild {shlex.join(words)} {place}"
+
+
+def check_names(names: Sequence[Any], allowed: Iterable[str], what: str) -> None:
+    """Raises SpecError unless all are different, and allowed."""
+    allowed = list(allowed)
+    if len(set(map(ascii, names))) < len(names) or any(name not in allowed for name in names):
+        raise SpecError(
+            f"{what}: {ascii(list(names))[:80]} is not a choice of names. {known(allowed)}"
+        )
+
+
+def _is_built_in(by_name: Callable[[str], Any], given: Any) -> bool:
+    try:
+        return bool(by_name(given.name) == given)
+    except SpecError:
+        return False
+
+
+def _model(given: Any) -> NeuronModel:
+    if isinstance(given, str):
+        return neurons.by_name(given)
+    _expect(given, dict, "model")
+    _expect(given.get("equations"), str, "equations")
+    _expect(given.get("strict"), bool, "strict")
+    for field in ("state", "params"):
+        _expect(given.get(field), dict, field)
+    for positive in _expect(given.get("positive"), list, "positive"):
+        _expect(positive, str, "positive")
+    return _construct(NeuronModel, given)  # type: ignore[no-any-return]
+
+
+def _surrogate(given: Any) -> Surrogate | None:
+    if given is None:
+        return None
+    if isinstance(given, str):
+        return surrogates.by_name(given).form
+    _expect(given, dict, "surrogate")
+    _expect(given.get("derivative"), str, "derivative")
+    _expect(given.get("primitive") or "", str, "primitive")
+    _expect(given.get("params"), dict, "params")
+    _expect(given.get("spiking"), bool, "spiking")
+    return _construct(Surrogate, given)  # type: ignore[no-any-return]
+
+
+def _construct(kind: Any, given: dict[str, Any]) -> Any:
+    try:
+        return kind(**given)
+    except TypeError as error:  # a field too many or too few
+        raise SpecError(f"{kind.__name__}: {error}") from None
+
+
+def _expect(value: Any, kind: type, what: str) -> Any:
+    """The value, if it is of exactly this type: True is no int here."""
+    if type(value) is not kind:
+        raise SpecError(f"{what} must be {kind.__name__}, got {type(value).__name__}")
+    return value

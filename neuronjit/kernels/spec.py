@@ -1,0 +1,222 @@
+"""What one kernel is: the choices that select it, its name, its arguments, and its digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cache, cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputTypeError, SpecError, known
+from ..models.model import NeuronModel
+from ..models.surrogate import Surrogate
+from ..neurons import as_model
+from ..surrogates import as_surrogate
+
+ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+STORAGE = {"float32": "float", "float64": "double", "float16": "half_t", "bfloat16": "bfloat16_t"}
+TARGETS = ("cuda", "cpu")
+DIRECTIONS = ("forward", "backward")
+RESETS = ("hard", "soft", "own")
+PACKAGE = Path(__file__).parent.parent
+# the folders whose code decides a rendered text and how it is compiled: whole, so that none of
+# their files can be forgotten
+RENDERERS = ("language", "models", "kernels")
+MOST = 256  # steps, lanes and loads become code that many times over
+CUDA_BLOCK = 128  # threads; small, so that short rows still spread over all multiprocessors
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """Everything that selects one kernel. Numbers are arguments of the kernel and not in here."""
+
+    model: NeuronModel
+    target: str
+    direction: str  # "forward" or "backward"
+    dtype: str  # of the sequences; arithmetic is float32, or float64 for float64
+    reset: str  # "hard", "soft" or "own"
+    surrogate: Surrogate | None = None  # None where only the Heaviside step is needed
+    spiking: bool = True
+    detach_reset: bool = False
+    per_neuron: tuple[str, ...] = ()  # parameters that differ between neurons
+    learned: tuple[str, ...] = ()  # backward: parameters whose gradient is wanted
+    # forward: recorded besides s; backward: those whose gradient arrives
+    sequences: tuple[str, ...] = ()
+    steps: int = 16  # K: steps between checkpoints, recomputed together
+    lanes: int = 1  # neurons handled together
+    loads: int = 1  # forward: rows of x on their way before the first is used
+    prefetch: bool = False  # load the rows of the next steps before the current ones are used
+
+    def __post_init__(self) -> None:
+        """Raise SpecError for all that no call would use: what is shown or built ahead is used."""
+        choices = dict(target=TARGETS, direction=DIRECTIONS, dtype=STORAGE, reset=RESETS)
+        for field, allowed in choices.items():
+            if (given := getattr(self, field)) not in allowed:
+                raise SpecError(f"unknown {field} {ascii(given)[:80]}. {known(allowed)}")
+        model, backward = self.model, self.direction == "backward"
+        if not isinstance(model, NeuronModel):
+            raise InputTypeError(f"model must be a NeuronModel, got {type(model).__name__}")
+        if (self.reset == "own") != model.own_reset:
+            raise SpecError(f"reset {self.reset!r} does not fit model '{model.name}'")
+        wanted = backward or not self.spiking
+        if (self.surrogate is not None) != wanted:
+            how = "needs a surrogate" if wanted else "evaluates no surrogate"
+            raise SpecError(f"a {self.direction} kernel with spiking={self.spiking} {how}")
+        if self.surrogate is not None:
+            if self.surrogate != self.surrogate.form:
+                raise SpecError("the surrogate's numbers are arguments: a kernel has its form")
+            if not self.spiking and self.surrogate.primitive is None:
+                raise SpecError(f"surrogate '{self.surrogate.name}' has no primitive")
+        if not backward and (self.detach_reset or self.learned):
+            raise SpecError("detach_reset and learned parameters concern backward kernels only")
+        readable = (*(("s",) if backward else ()), *model.state, "h")
+        for field, names in (
+            ("per_neuron", model.params), ("learned", model.params), ("sequences", readable),
+        ):  # fmt: skip
+            given = getattr(self, field)
+            if given != in_order(given, names, field):
+                raise SpecError(f"{field} must be in the model's order, got {given}")
+        for field in ("steps", "lanes", "loads"):
+            number = getattr(self, field)
+            if type(number) is not int or not 1 <= number <= MOST or number & (number - 1):
+                raise SpecError(
+                    f"{field} must be a power of two from 1 to {MOST}, got {ascii(number)[:80]}"
+                )
+        if self.loads > self.steps:
+            raise SpecError(f"loads={self.loads} must be at most steps={self.steps}")
+
+    @classmethod
+    def of(
+        cls,
+        model: NeuronModel | str,
+        target: str,
+        direction: str,
+        surrogate: Any,
+        reset: str,
+        detach_reset: bool,
+        dtype: str,
+        *,
+        per_neuron: Iterable[str] = (),
+        learned: Iterable[str] = (),
+        sequences: Iterable[str] = (),
+        **shape: Any,
+    ) -> KernelSpec:
+        """The kernel that a call with these choices uses in this direction.
+
+        What does not concern the direction is left out: forward has no slope, nothing is learned.
+        """
+        model, surrogate = as_model(model), as_surrogate(surrogate)
+        backward = direction == "backward"
+        readable = (*(("s",) if backward else ()), *model.state, "h")
+        return cls(
+            model,
+            target,
+            direction,
+            str(dtype).removeprefix("torch."),
+            "own" if model.own_reset and reset in ("hard", "soft") else reset,
+            surrogate=surrogate.form if backward or not surrogate.spiking else None,
+            spiking=surrogate.spiking,
+            detach_reset=bool(detach_reset) and backward,
+            per_neuron=in_order(per_neuron, model.params, "per_neuron"),
+            learned=in_order(learned, model.params, "learned") if backward else (),
+            sequences=in_order(sequences, readable, "sequences"),
+            **shape,
+        )
+
+    @cached_property
+    def summed(self) -> tuple[str, ...]:
+        """Learned parameters that all neurons share: their gradients are summed, block by block."""
+        return tuple(p for p in self.learned if p not in self.per_neuron)
+
+    @cached_property
+    def symbol(self) -> str:
+        """The readable, unique name: C symbol, listing, test id."""
+        parts = [self.model.name, self.direction, self.dtype, self.reset]
+        parts += ["detached"] if self.detach_reset else []
+        parts += [self.surrogate.name] if self.surrogate else []
+        parts += [] if self.spiking else ["smooth"]
+        lists = dict(per=self.per_neuron, learn=self.learned, seq=self.sequences)
+        for word, names in lists.items():
+            parts += [f"{word}_{'_'.join(names)}"] if names else []
+        parts += [f"k{self.steps}", f"l{self.lanes}", f"r{self.loads}"]
+        parts += ["ahead"] if self.prefetch else []
+        return "_".join(parts)
+
+    @cached_property
+    def request(self) -> str:
+        """Digest of all that decides the rendered text, found without rendering it."""
+        described: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        model = self.model
+        parts = model._identity[:2], [*model.state], model.params.keys(), model.strict
+        described["model"] = "".join(map(repr, parts))
+        described["surrogate"] = self.surrogate and repr(self.surrogate._identity)
+        text = json.dumps([described, _renderer()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def _renderer() -> str:
+    """Digest of the code and the templates that render: when they change, so may every text."""
+    digest = hashlib.sha256(metadata.version("jinja2").encode())
+    sources = [path for folder in RENDERERS for path in (PACKAGE / folder).rglob("*.py")]
+    for path in sorted([*sources, *templates().glob("*.j2")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def templates() -> Path:
+    """The templates: inside an installed package, beside it in a checkout."""
+    inside = PACKAGE / "templates"
+    return inside if inside.is_dir() else PACKAGE.parent / "templates"
+
+
+@dataclass(frozen=True)
+class Field:
+    """One member of a kernel's argument struct; `code` is its letter for `struct.Struct`."""
+
+    ctype: str
+    name: str
+    code: str
+
+
+def arguments(spec: KernelSpec) -> list[Field]:
+    """The argument struct in the order in which a plan packs it: pointers, counts, numbers, T."""
+    states, params = list(spec.model.state), list(spec.model.params)
+    shared = [p for p in params if p not in spec.per_neuron]
+    pointers = ["const storage* x_"]
+    if spec.direction == "forward":
+        pointers += ["storage* s_", *(f"storage* {n}_seq_" for n in spec.sequences)]
+        pointers += [f"real* {z}_last_" for z in states] + ["real* checkpoints_"]
+    else:
+        pointers += ["storage* x_grad_", *(f"const storage* {n}_dseq_" for n in spec.sequences)]
+        pointers += [f"const real* {z}_dlast_" for z in states]
+        pointers += [f"real* {z}_grad_" for z in states] + ["const real* checkpoints_"]
+        pointers += [f"real* {p}_grad_" for p in spec.learned if p in spec.per_neuron]
+    pointers += ["real* partials_"]
+    pointers += [f"const real* {n}_ptr_" for n in [*states, *params]]
+    counts = [f"long long {p}_{w}_" for p in spec.per_neuron for w in ("inner", "count")]
+    counts += ["long long N_"]
+    reals = [f"real {n}_value_" for n in states + shared]
+    reals += [f"real {p}_sg_" for p in surrogate_arguments(spec)]
+    number_code = "d" if spec.dtype == "float64" else "f"
+    text_codes = [(pointers, "Q"), (counts, "q"), (reals, number_code), (["int T_"], "i")]
+    declared = [(text.rpartition(" "), code) for texts, code in text_codes for text in texts]
+    return [Field(ctype, name, code) for (ctype, _, name), code in declared]
+
+
+def surrogate_arguments(spec: KernelSpec) -> list[str]:
+    """The surrogate's parameters, where the kernel evaluates the surrogate at all."""
+    return list(spec.surrogate.params) if spec.surrogate else []
+
+
+def in_order(names: Iterable[str], allowed: Iterable[str], what: str) -> tuple[str, ...]:
+    """These names in the order of `allowed`. Raises SpecError for others, and for one twice."""
+    given, allowed = [names] if isinstance(names, str) else [*names], [*allowed]
+    if len(set(map(ascii, given))) < len(given) or any(name not in allowed for name in given):
+        raise SpecError(f"{what}: {ascii(given)[:80]} is not a choice of names. {known(allowed)}")
+    return tuple(name for name in allowed if name in given)

@@ -1,0 +1,88 @@
+"""What both targets need: the shape of a kernel's work, debug output, and a compiler's words."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from functools import cache
+from typing import NamedTuple
+
+from ...language.tree import FUNCTIONS, Node
+from ...models.model import NeuronModel
+from ...settings import debugging
+from ..spec import KernelSpec
+
+# Compilers take longer than linearly for longer functions. A step counts its terms, and a function
+# that is a page of code as many; GPU kernels contain it K times.
+MOST_TERMS = 1000
+_TERMS_OF_FUNCTION = 8
+_SHORT = {"abs", "sign", "minimum", "maximum", "where", "detach", "sqrt"}
+
+
+class Shape(NamedTuple):
+    """How a kernel walks its work: the fields of a KernelSpec that follow from sizes alone."""
+
+    steps: int  # K: steps between checkpoints
+    lanes: int
+    loads: int
+    prefetch: bool
+
+
+def steps_between_checkpoints(steps: int, model: NeuronModel) -> int:
+    """K: as many steps as registers hold, no more than there are; the same forward and backward.
+
+    Fewer where a step is long. That is one limit for all T, so that of a longer T, too, K says how
+    many checkpoints there are: a graph with a symbol for T relies on it.
+    """
+    k = 4 if steps <= 4 else 8 if steps <= 8 or len(model.state) > 2 else 16
+    while k > 1 and k * _terms_of_model(model) > MOST_TERMS:
+        k //= 2
+    return k
+
+
+def is_large(spec: KernelSpec) -> bool:
+    """Whether compilers must take less trouble with a kernel, to be done in seconds."""
+    surrogate = spec.surrogate
+    trees = (surrogate.derivative_tree, surrogate.primitive_tree) if surrogate else ()
+    return is_long(spec.model) or any(_terms(tree) > MOST_TERMS // 8 for tree in trees if tree)
+
+
+def is_long(model: NeuronModel) -> bool:
+    """Whether a step of the model is so long that it does not stand in a kernel many times."""
+    return _terms_of_model(model) > MOST_TERMS // 8
+
+
+@cache
+def _terms_of_model(model: NeuronModel) -> int:
+    return len(model.state) + sum(_terms(s.expression) for s in model.statements)
+
+
+def _terms(tree: Node) -> int:
+    long = tree.op == "**" or (tree.op in FUNCTIONS and tree.op not in _SHORT)
+    return (_TERMS_OF_FUNCTION if long else 1) + sum(map(_terms, tree.args))
+
+
+def debug(line: str, source: str = "", suffix: str = "") -> None:
+    """One line on stderr where NEURONJIT_DEBUG=1, and the place where the source was kept."""
+    if debugging():
+        kept = f"; source: {keep_source(source, suffix)}" if source else ""
+        sys.stderr.write(f"neuronjit: {line}{kept}\n")
+
+
+def first_lines(log: str, most: int = 40) -> str:
+    """A compiler's words, short enough for an error."""
+    lines = [line[:500] for line in log[:100_000].strip().splitlines()]
+    more = [f"... {len(lines) - most} more lines"] if len(lines) > most else []
+    return "\n".join(lines[:most] + more)
+
+
+def keep_source(source: str, suffix: str) -> str:
+    """Write a rendered source where its reader finds it; the path, or why there is none."""
+    try:
+        handle, path = tempfile.mkstemp(prefix="neuronjit-", suffix=suffix)
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            file.write(source)
+    except OSError as error:
+        return f"(the source could not be kept: {error.strerror or error})"
+    return path

@@ -1,0 +1,1 @@
+"""The language of equations: text becomes a tree; a tree becomes slopes, C++ and torch."""

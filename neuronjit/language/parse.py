@@ -1,0 +1,270 @@
+"""Equations in Python syntax: checked against an allow-list, and parsed into trees."""
+
+from __future__ import annotations
+
+import ast
+import io
+import keyword
+import math
+import operator
+import re
+import textwrap
+import tokenize
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from ..errors import EquationError, known
+from .tree import FUNCTIONS, Node, Statement, name, number
+
+MAX_CHARACTERS = 10_000
+MAX_NODES = 2_000
+MAX_DEPTH = 100
+# a chain of operators is cut into statements of this height: recursion over trees stays shallow
+MAX_HEIGHT = 50
+
+CONSTANTS = {"pi": math.pi}
+
+# what a constant may be made of: checked before a compiler sees it
+_ARITHMETIC: dict[str, Callable[..., float]] = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
+    "**": operator.pow, "neg": operator.neg,
+}  # fmt: skip
+_BINARY = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**"}
+_COMPARE = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!="}
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}", re.ASCII)
+_NOT_TEXT = re.compile(r"[^\n\t\x20-\x7f]")
+_CPP_WORDS = {
+    "alignas", "alignof", "and", "and_eq", "asm", "auto", "bitand", "bitor", "bool", "break",
+    "case", "catch", "char", "char8_t", "char16_t", "char32_t", "class", "co_await", "co_return",
+    "co_yield", "compl", "concept", "const", "const_cast", "consteval", "constexpr", "constinit",
+    "continue", "decltype", "default", "delete", "do", "double", "dynamic_cast", "else", "enum",
+    "explicit", "export", "extern", "false", "float", "for", "friend", "goto", "if", "inline",
+    "int", "long", "mutable", "namespace", "new", "noexcept", "not", "not_eq", "nullptr",
+    "operator", "or", "or_eq", "private", "protected", "public", "real", "register",
+    "reinterpret_cast", "requires", "return", "short", "signed", "sizeof", "static",
+    "static_assert", "static_cast", "struct", "switch", "template", "this", "thread_local", "throw",
+    "true", "try", "typedef", "typeid", "typename", "union", "unsigned", "using", "virtual", "void",
+    "volatile", "wchar_t", "while", "xor", "xor_eq", "NULL", "NAN", "INFINITY",
+}  # fmt: skip
+# no text reaches a source, a comment neither; but what looks like one is surely no equation
+_DIRECTIVE = re.compile(r"#\s*(?:include|define|undef|pragma)\b|#(?:if|elif|else|endif|line|error)")
+
+
+def check_label(label: object, what: str) -> str:
+    """Return `label` if it can be part of a C++ symbol, else raise EquationError."""
+    if not isinstance(label, str) or not _NAME.fullmatch(label):
+        raise EquationError(
+            f"{what} {_quote(label)} is not a name: "
+            "a letter, then up to 63 letters, digits and _ (ASCII)"
+        )
+    return label
+
+
+def check_name(identifier: object, what: str) -> str:
+    """Return the name if it can stand in equations and in C++, else raise EquationError."""
+    identifier = check_label(identifier, what)
+    if identifier.endswith("_") or "__" in identifier:
+        raise EquationError(
+            f"{what} '{identifier}': "
+            "names that end in _ or contain __ are kept for the generated code"
+        )
+    if identifier in _CPP_WORDS:
+        raise EquationError(f"{what} '{identifier}' is a word of C++; choose another name")
+    if keyword.iskeyword(identifier):
+        raise EquationError(f"{what} '{identifier}' is a word of Python; choose another name")
+    if identifier in FUNCTIONS or identifier in CONSTANTS:
+        raise EquationError(
+            f"{what} '{identifier}' is already a function or constant of the equations"
+        )
+    return identifier
+
+
+def parse_block(text: str, readable: Iterable[str]) -> tuple[Statement, ...]:
+    """Parse a block of assignments. `readable` are the names it may read before assigning them.
+
+    Raises EquationError, naming the line and the offending word.
+    """
+    known_names = set(readable)
+    statements: list[Statement] = []
+    lines = _checked_text(text).splitlines()
+    indent = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
+    text = "\n".join(line[indent:] for line in lines)
+    for statement in _parse(text, "exec").body:
+        if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+            raise _error(text, statement, "only assignments such as 'h = v + x' are allowed")
+        target = statement.targets[0]
+        if not isinstance(target, ast.Name):
+            raise _error(text, target, "only a plain name can be assigned")
+
+        def part(tree: Node, target: str = target.id, line: int = statement.lineno) -> Node:
+            statements.append(Statement(f"{target}_{len(statements)}_", tree, line))
+            return name(statements[-1].target)
+
+        expression = _convert(text, statement.value, known_names, part)
+        try:
+            check_name(target.id, "name")
+        except EquationError as error:
+            raise _error(text, target, str(error)) from None
+        known_names.add(target.id)
+        statements.append(Statement(target.id, expression, statement.lineno))
+    return tuple(statements)
+
+
+def parse_expression(text: str, readable: Iterable[str]) -> Node:
+    """Parse one expression that may read the names in `readable`. Raises EquationError."""
+    text = _checked_text(text).strip()
+    if not text:
+        raise EquationError("line 1: an empty expression; write one, such as 'where(u < 0, 0, 1)'")
+    return _convert(text, _parse(text, "eval").body, set(readable))
+
+
+def _quote(value: object) -> str:
+    """A user's text made safe and short enough for a message."""
+    shown = value[:60] if isinstance(value, str) else value
+    return ascii(shown)[:80]
+
+
+def _error(text: str, node: Any, reason: str) -> EquationError:
+    line = getattr(node, "lineno", 1)
+    word = ast.get_source_segment(text, node) if hasattr(node, "lineno") else None
+    return EquationError(f"line {line}: {_quote((word or text).strip())}: {reason}")
+
+
+def _checked_text(text: object) -> str:
+    if not isinstance(text, str):
+        raise EquationError(f"equations must be text, got {type(text).__name__}")
+    if len(text) > MAX_CHARACTERS:
+        size = f"equations of {len(text)} characters"
+        raise EquationError(f"{size}; at most {MAX_CHARACTERS} are allowed")
+    if odd := _NOT_TEXT.search(text):
+        line = text.count("\n", 0, odd.start()) + 1
+        raise EquationError(f"line {line}: {_quote(odd[0])}: equations are plain ASCII text")
+    if odd := _DIRECTIVE.search(text):
+        line = text.count("\n", 0, odd.start()) + 1
+        raise EquationError(f"line {line}: {_quote(odd[0])}: not a comment of equations")
+    return text
+
+
+def _parse(text: str, mode: str) -> Any:
+    try:
+        return ast.parse(text, mode=mode)
+    except SyntaxError as error:
+        word = _quote((error.text or "").strip())
+        where = f"line {error.lineno}: {word}: " if error.lineno else ""
+        raise EquationError(f"{where}{error.msg}") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        reason = f"equations are too deep or malformed ({type(error).__name__})"
+        raise EquationError(reason) from None
+
+
+def _convert(
+    text: str, root: ast.expr, readable: set[str], part: Callable[[Node], Node] | None = None
+) -> Node:
+    """The tree of one expression. `part` makes a statement of the beginning of a long chain."""
+    count = 0
+    refused = partial(_error, text)
+
+    def counted(node: ast.expr, depth: int) -> None:
+        nonlocal count
+        count += 1
+        if count > MAX_NODES or depth > MAX_DEPTH:
+            raise too_large(node)
+
+    def too_large(node: ast.expr) -> EquationError:
+        most = f"{MAX_NODES} terms or {MAX_DEPTH} levels"
+        return EquationError(f"line {node.lineno}: expression is too large (over {most})")
+
+    def chained(node: ast.BinOp, depth: int) -> Node:
+        """a + b + c is ((a + b) + c): a loop over the operators, however many there are."""
+        links = [node]
+        while isinstance(left := links[-1].left, ast.BinOp) and type(left.op) in _BINARY:
+            counted(left, depth)
+            links.append(left)
+        tree = convert(links[-1].left, depth + 1)
+        for link in reversed(links):
+            pair = tree, convert(link.right, depth + 1)
+            tree = folded(link, Node(_BINARY[type(link.op)], pair))
+            if part and tree.height >= MAX_HEIGHT:
+                tree = part(tree)
+            elif tree.height > MAX_DEPTH:
+                raise too_large(link)
+        return tree
+
+    def convert(node: ast.expr, depth: int, condition: bool = False) -> Node:
+        counted(node, depth)
+        deeper = depth + 1
+        if condition and not isinstance(node, ast.Compare):
+            raise refused(node, "where() takes a comparison first, such as where(u < 0, a, b)")
+        match node:
+            case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
+                return _finite(text, node, lambda: float(value))
+            case ast.Name(id=identifier):
+                if identifier in CONSTANTS:
+                    return number(CONSTANTS[identifier])
+                if identifier not in readable:
+                    raise refused(node, f"unknown name. {known(readable | set(CONSTANTS))}")
+                return name(identifier)
+            case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+                return convert(operand, deeper)
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return folded(node, Node("neg", (convert(operand, deeper),)))
+            case ast.BinOp(op=op) if type(op) in _BINARY:
+                return chained(node, depth)
+            case ast.Compare(left=left, ops=[op], comparators=[right]) if (
+                condition and type(op) in _COMPARE
+            ):
+                return Node(_COMPARE[type(op)], (convert(left, deeper), convert(right, deeper)))
+            case ast.Compare():
+                place = "only as the first argument of where()"
+                raise refused(node, f"a single comparison is allowed, and {place}")
+            case ast.Call(func=ast.Name(id=f), args=args, keywords=[]) if f in FUNCTIONS:
+                if len(args) != FUNCTIONS[f]:
+                    reason = f"{f}() takes {FUNCTIONS[f]} arguments, got {len(args)}"
+                    raise refused(node, reason)
+                where = f == "where"
+                parts = (convert(a, deeper, where and i == 0) for i, a in enumerate(args))
+                return Node(f, tuple(parts))
+            case ast.Call(func=ast.Name()):
+                reason = f"unknown function, or keywords in its call. {known(FUNCTIONS)}"
+                raise refused(node, reason)
+        listed = "+ - * / **, where() and the listed functions"
+        raise refused(node, f"only numbers, names, {listed} are allowed")
+
+    def folded(node: ast.expr, tree: Node) -> Node:
+        """Refuse constant arithmetic that overflows (9**9**9) before a compiler ever sees it."""
+        if not tree.names():
+            _finite(text, node, lambda: _constant(tree))
+        return tree
+
+    return convert(root, 0)
+
+
+def _constant(tree: Node) -> float:
+    if tree.op == "number":
+        return float(tree.value)
+    values = [_constant(arg) for arg in tree.args]
+    # a function of constants (log(2)) is bounded by its arguments: any finite stand-in will do
+    return _ARITHMETIC[tree.op](*values) if tree.op in _ARITHMETIC else 1.0
+
+
+def _finite(text: str, node: ast.expr, value: Callable[[], float]) -> Node:
+    try:
+        result = value()
+        if not isinstance(result, complex) and math.isfinite(result):
+            return number(result)
+    except (OverflowError, ZeroDivisionError):
+        pass
+    raise _error(text, node, "this constant is not a finite number")
+
+
+def plain(text: str) -> list[str]:
+    """Equations that were checked, a statement a line, without comments, quotes or backslashes."""
+    lines: list[list[str]] = [[]]
+    dedented = textwrap.dedent(text.expandtabs()).strip("\n")
+    for token in tokenize.generate_tokens(io.StringIO(dedented).readline):
+        if token.type == tokenize.NEWLINE:
+            lines.append([])
+        elif token.type in (tokenize.NAME, tokenize.NUMBER, tokenize.OP):
+            lines[-1].append(token.string)
+    return [" ".join(line) for line in lines if line]

@@ -1,0 +1,1 @@
+"""What equations describe: neuron models and surrogates, as data."""

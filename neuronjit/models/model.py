@@ -1,0 +1,170 @@
+"""A neuron model: a block of equations, states that start somewhere, parameters."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..errors import EquationError, InputTypeError, SpecError, known
+from ..immutable import Immutable, ReadOnly
+from ..language.parse import check_label, check_name, parse_block, plain
+from ..language.tree import Statement
+
+_RESERVED = {
+    "x": "the input",
+    "s": "the spike",
+    "h": "the charged membrane potential",
+    "theta": "the threshold",
+}
+_EVERY_MODELS = {"v_threshold": 1.0, "v_reset": 0.0}
+_OTHER_STATE = "models are immutable: pass state={...} to the call, or make a new NeuronModel(...)"
+_OTHER_NUMBERS = (
+    "models are immutable: pass {change} to the call or layer, or make a new NeuronModel(...)"
+)
+
+
+class NeuronModel(Immutable):
+    """The equations of a neuron, run once a time step. Immutable.
+
+    Args:
+        name: any name; appears in kernel names and listings.
+        equations: assignments in Python syntax, run in order. They read x (the input), the states,
+            the parameters and what was assigned before. `h` (the charged membrane potential) must
+            be assigned, `theta` (the threshold) may be and is `v_threshold` otherwise. The neuron
+            fires, s = (h >= theta), just before the first statement that reads `s`, or at the end.
+            Then v is reset from h and s by the reset mode, unless the block assigns `v` itself.
+            `detach(...)` cuts a gradient.
+        state: states (v among them) with the numbers they start from.
+        params: parameters with default numbers; `v_threshold` (1.0) and `v_reset` (0.0) always
+            exist.
+        strict: fire on h > theta instead of h >= theta (as snnTorch and Norse do).
+        positive: parameters that only make sense above zero; numbers are checked in every call.
+
+    Raises:
+        EquationError: equations outside the language; names the line and the word.
+    """
+
+    name: str
+    equations: str
+    state: Mapping[str, float]
+    params: Mapping[str, float]
+    strict: bool
+    positive: frozenset[str]
+    statements: tuple[Statement, ...]
+    own_reset: bool  # the block assigns v
+    token: str  # what a compiled graph holds of the model: a constant, readable in any process
+
+    _advice = "models are immutable; make a new NeuronModel(name, equations, ...)"
+    _identity: tuple[Any, ...]
+    _hash: int
+
+    def __init__(
+        self,
+        name: str,
+        equations: str,
+        *,
+        state: Mapping[str, float],
+        params: Mapping[str, float] | None = None,
+        strict: bool = False,
+        positive: Iterable[str] = (),
+    ) -> None:
+        check_label(name, "model name")
+        this = f"model '{name}'"
+        state = {check_name(k, "state"): _number(k, v) for k, v in state.items()}
+        params = {check_name(k, "parameter"): _number(k, v) for k, v in (params or {}).items()}
+        params = {**params, **{k: v for k, v in _EVERY_MODELS.items() if k not in params}}
+        positive = frozenset(positive)
+        for key in [*state, *params]:
+            if key in _RESERVED:
+                reason = f"'{key}' is {_RESERVED[key]}; it cannot be a state or a parameter"
+                raise EquationError(f"{this}: {reason}")
+        if "v" not in state:
+            reason = f"the membrane potential 'v' must be one of the states {list(state)}"
+            raise EquationError(f"{this}: {reason}")
+        if both := state.keys() & params.keys():
+            raise EquationError(f"{this}: {sorted(both)} cannot be both a state and a parameter")
+        if unknown := positive - params.keys():
+            raise EquationError(f"{this}: positive names {sorted(unknown)}. {known(params)}")
+        readable = {"x", "s", "theta", *state, *params}
+        statements = parse_block(equations, readable)
+        _check_block(name, params, statements)
+        described = dict(
+            name=name, equations=equations, state=state, params=params, strict=bool(strict)
+        )
+        numbers = repr((state, params))  # as text: -0.0 is another default than 0.0
+        identity = (name, equations, numbers, bool(strict), positive)
+        self.__dict__.update(
+            described,
+            state=ReadOnly(state, _OTHER_STATE),
+            params=ReadOnly(params, _OTHER_NUMBERS),
+            positive=positive,
+            statements=statements,
+            own_reset=any(s.target == "v" for s in statements),
+            # what a compiled graph holds of the model: a constant, readable in any other process
+            token=json.dumps(
+                {**described, "equations": plain(equations), "positive": sorted(positive)}
+            ),
+            _identity=identity,
+            _hash=hash(identity),
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the constructor's arguments: str hashes differ between processes."""
+        numbers = dict(self.state), dict(self.params)
+        return _unpickle, (self.name, self.equations, *numbers, self.strict, self.positive)
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, NeuronModel) and self._identity == other._identity
+        return self is other or same
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        return f"NeuronModel('{self.name}', state={self.state}, params={self.params})"
+
+
+def _unpickle(
+    name: str, equations: str, state: Any, params: Any, strict: bool, positive: Any
+) -> NeuronModel:
+    return NeuronModel(
+        name, equations, state=state, params=params, strict=strict, positive=positive
+    )
+
+
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputTypeError(f"{key}: a default must be a number, got {type(value).__name__}")
+    if not abs(value) <= sys.float_info.max:  # an int may be too large to be a float
+        raise SpecError(f"{key}: a default must be finite, got {ascii(value)[:80]}")
+    return float(value)
+
+
+def _check_block(
+    model: str, params: Mapping[str, float], statements: tuple[Statement, ...]
+) -> None:
+    """The rules about x, h, theta and s that parsing alone does not know. Raises EquationError."""
+    assigned: set[str] = set()
+    fired = False
+    own_theta = any(s.target == "theta" for s in statements)
+    for statement in statements:
+        reads, target = statement.expression.names(), statement.target
+        where = f"line {statement.line}: "
+        fired = fired or "s" in reads
+        if "s" in reads and "h" not in assigned:
+            reason = "'s' is read before 'h' is assigned, so the neuron cannot fire yet"
+            raise EquationError(where + reason)
+        if "theta" in reads and own_theta and "theta" not in assigned:
+            raise EquationError(f"{where}'theta' is read before it is assigned")
+        if target in ("x", "s") or target in params:
+            what = _RESERVED.get(target, "a parameter")
+            raise EquationError(f"{where}'{target}' is {what}; it cannot be assigned")
+        if target in ("h", "theta") and fired:
+            reason = "is assigned after the neuron fired (the first statement that reads 's')"
+            raise EquationError(f"{where}'{target}' {reason}")
+        assigned.add(target)
+    if "h" not in assigned:
+        reason = "'h', the charged membrane potential, is never assigned"
+        raise EquationError(f"model '{model}': {reason}")

@@ -1,0 +1,155 @@
+"""Surrogate gradients: what replaces the derivative of the Heaviside step in backward.
+
+Every surrogate is data: two expressions of u = h - theta and its numbers. Calling one gives the
+same surrogate with other numbers, `ATan(alpha=3.0)`; as kernel arguments, they compile nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import InputTypeError, SpecError, known
+from ..immutable import Immutable, ReadOnly
+from ..language.parse import check_label, check_name, parse_expression, plain
+from ..language.tree import Node
+
+_NO_NUMBERS = bool, str, bytes  # though float() takes them
+_ANOTHER = "({change}) gives another one"
+
+
+class Surrogate(Immutable):
+    """A surrogate gradient, written as expressions of u = h - theta. Immutable.
+
+    Args:
+        name: any name; appears in kernel names and listings.
+        derivative: what backward uses for ds/du, e.g. "where(abs(u) < width, 0.5 / width, 0.0)".
+        primitive: the smooth function that replaces the spike when `spiking=False`; its exact
+            derivative is then the gradient (what `torch.autograd.gradcheck` verifies). None:
+            there is none.
+        params: the names that the expressions read, with default numbers.
+        spiking: False for the smooth output.
+
+    Raises:
+        EquationError: an expression outside the language of the equations.
+        SpecError: a number that is not finite, or `spiking=False` without a primitive.
+    """
+
+    name: str
+    derivative: str
+    primitive: str | None
+    params: Mapping[str, float]
+    values: tuple[float, ...]  # of params
+    spiking: bool
+    derivative_tree: Node
+    primitive_tree: Node | None
+    form: Surrogate  # the one that the others with the same expressions were made from
+    token: str  # as a model's; numbers are no part of it
+
+    _advice = "surrogates are immutable; call one to get another, e.g. ATan(alpha=3.0)"
+    _identity: tuple[Any, ...]
+    _hash: int
+
+    def __init__(
+        self,
+        name: str,
+        derivative: str,
+        primitive: str | None = None,
+        params: Mapping[str, float] | None = None,
+        *,
+        spiking: bool = True,
+    ) -> None:
+        check_label(name, "surrogate name")
+        names = [check_name(p, "surrogate parameter") for p in params or {}]
+        if "u" in names:
+            reason = "'u' is the distance to the threshold, not a parameter"
+            raise SpecError(f"surrogate '{name}': {reason}")
+        readable = {"u", *names}
+        identity = (name, derivative, primitive, tuple(names))
+        self.__dict__.update(
+            name=name,
+            derivative=derivative,
+            primitive=primitive,
+            derivative_tree=parse_expression(derivative, readable),
+            primitive_tree=None if primitive is None else parse_expression(primitive, readable),
+            form=self,
+            # as a model's; numbers are no part of it
+            token=json.dumps(
+                [name, plain(derivative), None if primitive is None else plain(primitive), names]
+            ),
+            _identity=identity,
+            _hash=hash(identity),
+        )
+        self._set(dict.fromkeys(names, 0.0), params or {}, spiking)
+
+    def _set(self, numbers: dict[str, float], params: Mapping[str, Any], spiking: bool) -> None:
+        """While the object is made: `numbers`, with those in `params` instead."""
+        for key, value in params.items():
+            this = f"surrogate '{self.name}'"
+            if key not in numbers:
+                raise SpecError(f"{this} has no parameter '{key}'. {known(numbers)}")
+            try:
+                if isinstance(value, _NO_NUMBERS):
+                    raise TypeError
+                number = float(value)
+            except OverflowError:
+                raise SpecError(f"{this}: {key} must be finite") from None
+            except (TypeError, ValueError):
+                reason = f"{this}: {key} must be a number, got {value!r:.80}"
+                raise InputTypeError(reason) from None
+            if not abs(number) <= sys.float_info.max:
+                raise SpecError(f"{this}: {key} must be finite, got {number}")
+            numbers[key] = number
+        if not spiking and self.primitive is None:
+            reason = "has no primitive, so spiking=False has no output to give"
+            raise SpecError(f"surrogate '{self.name}' {reason}")
+        own = self.__dict__
+        own["params"] = ReadOnly(numbers, f"surrogates are immutable: {self.name}{_ANOTHER}")
+        own["values"], own["spiking"] = tuple(numbers.values()), bool(spiking)
+
+    def __call__(self, *numbers: float, spiking: bool | None = None, **params: float) -> Surrogate:
+        """The same surrogate with other numbers: `ATan(3.0)` or `ATan(alpha=3.0, spiking=False)`.
+
+        Numbers without a name are those of `params`, in their order.
+        """
+        if numbers:
+            params = self._in_order(numbers, params)
+        other = object.__new__(Surrogate)
+        other.__dict__.update(self.__dict__)
+        other._set(dict(self.params), params, self.spiking if spiking is None else spiking)
+        return other
+
+    def _in_order(self, numbers: tuple[float, ...], params: dict[str, float]) -> dict[str, float]:
+        if len(numbers) > len(self.params):
+            given = f"surrogate '{self.name}' takes {len(self.params)} numbers, got {len(numbers)}"
+            raise SpecError(f"{given}. {known(self.params)}")
+        placed = dict(zip(self.params, numbers, strict=False))
+        if twice := placed.keys() & params.keys():
+            raise SpecError(f"surrogate '{self.name}': {sorted(twice)} given twice")
+        return placed | params
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the constructor's arguments: str hashes differ between processes."""
+        form = self.name, self.derivative, self.primitive, dict(self.form.params)
+        return _unpickle, (form, dict(self.params), self.spiking)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Surrogate):
+            return False
+        mine = self._identity, self.values, self.spiking
+        if mine != (other._identity, other.values, other.spiking):
+            return False
+        return 0.0 not in self.values or repr(self.values) == repr(other.values)  # -0.0 is not 0.0
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        numbers = "".join(f"{k}={v:g}, " for k, v in self.params.items())
+        return f"{self.name}({numbers}spiking={self.spiking})"
+
+
+def _unpickle(form: tuple[Any, ...], params: dict[str, float], spiking: bool) -> Surrogate:
+    return Surrogate(*form)(spiking=spiking, **params)

@@ -1,0 +1,207 @@
+"""What a call of `multistep` may be given; everything else is an error at the caller's line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from ..errors import DifferentiationError, InputTypeError, SpecError, known
+from ..models.model import NeuronModel
+from ..settings import warn
+from ..torch_private import is_zero_tensor, transformed
+
+DTYPES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float64: "float64",
+}
+MOST_STEPS = 2**31 - 1  # T is an int in kernels
+
+
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of states, parameters and all arithmetic, for sequences of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_input(x: Any) -> None:
+    """Raise InputTypeError or SpecError if x cannot be an input sequence."""
+    if not isinstance(x, Tensor):
+        raise InputTypeError(f"x_seq must be a torch.Tensor, got {type(x).__name__}")
+    check_class("x_seq", x)
+    if x.dtype not in DTYPES:
+        raise InputTypeError(
+            f"x_seq must be floating point, one of {', '.join(DTYPES.values())}, got {x.dtype};"
+            " use x_seq.float()"
+        )
+    _check_dense("x_seq", x)
+    if not x.dim():
+        raise SpecError("x_seq needs a time dimension: [T, N, *], got a 0-dim tensor")
+    if isinstance(x.shape[0], int) and x.shape[0] > MOST_STEPS:
+        raise SpecError(f"x_seq has {x.shape[0]} time steps; at most {MOST_STEPS} are possible")
+
+
+def _check_dense(label: str, value: Tensor) -> None:
+    if value.is_nested or value.layout != torch.strided:
+        layout = "a nested one" if value.is_nested else str(value.layout)
+        raise InputTypeError(f"{label} must be a dense tensor, got {layout}; use .to_dense()")
+
+
+def is_traced(*values: Any) -> bool:
+    """Whether one is a tensor without numbers of its own: FakeTensor, FunctionalTensor, ..."""
+    plain = Tensor.__torch_dispatch__
+    return any(isinstance(v, Tensor) and type(v).__torch_dispatch__ is not plain for v in values)
+
+
+def check_class(label: str, value: Tensor) -> None:
+    """Raise InputTypeError for subclasses other than Parameter.
+
+    Kernels read raw memory and would ignore what the subclass means.
+    """
+    if type(value) is not Tensor and not isinstance(value, Parameter) and not is_traced(value):
+        raise InputTypeError(
+            f"{label} must be a plain torch.Tensor, got {type(value).__name__};"
+            f" use {label}.as_subclass(torch.Tensor)"
+        )
+
+
+def no_transforms(reason: str) -> DifferentiationError:
+    """The error for transforms of torch.func, which would look into kernels."""
+    return DifferentiationError(
+        "the kernels have no rules for torch.func (vmap, grad, jvp, ...) and batched gradients;"
+        f" use backend='eager', or torch.autograd.grad ({reason[:80]})"
+    )
+
+
+def check_memory(labels: Iterable[str], tensors: Iterable[Tensor]) -> None:
+    """Raise SpecError, by name, if a tensor has no memory: its address would mean "not given"."""
+    for label, tensor in zip(labels, tensors, strict=True):
+        if tensor.numel() and not tensor.data_ptr():
+            if transformed():
+                raise no_transforms(f"{label} has no memory of its own")
+            zero = " (it is a zero tensor of torch: use .clone())" if is_zero_tensor(tensor) else ""
+            raise SpecError(
+                f"{label} has no memory of its own{zero}: its storage was freed, or a transform of"
+                " torch stands in for it; give it memory, or use backend='eager'"
+            )
+
+
+def check_no_tangents(*tensors: Tensor) -> None:
+    """Raise DifferentiationError if a derivative goes forward through the call.
+
+    Kernels would drop it silently.
+    """
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise DifferentiationError(
+            "the kernels have no forward-mode derivative (jvp); use backend='eager'"
+        )
+
+
+def check_names(
+    model: NeuronModel, reset: Any, state: Mapping[Any, Any], params: Mapping[str, Any]
+) -> None:
+    """Raise SpecError unless the model has these states and parameters, and there is this reset."""
+    if not isinstance(reset, str) or reset not in ("hard", "soft"):
+        raise SpecError(f"unknown reset {ascii(reset)[:80]}. {known(['hard', 'soft'])}")
+    for name in params:
+        if name not in model.params:
+            raise SpecError(
+                f"unknown parameter '{name}' of model '{model.name}'. {known(model.params)}"
+            )
+    for name in state:
+        if name not in model.state:
+            raise SpecError(
+                f"unknown state {ascii(name)[:80]} of model '{model.name}'. {known(model.state)}"
+            )
+
+
+def check_record(model: NeuronModel, record: tuple[Any, ...]) -> tuple[str, ...]:
+    """The names to record in the model's order. Raises SpecError."""
+    for name in record:
+        if name != "h" and name not in model.state:
+            raise SpecError(f"cannot record {ascii(name)[:80]}. {known([*model.state, 'h'])}")
+    return tuple(name for name in (*model.state, "h") if name in record)
+
+
+def as_flag(label: str, value: Any) -> bool:
+    """True or False, if it is one. Raises InputTypeError."""
+    if isinstance(value, bool):
+        return value
+    if type(value).__name__ in ("int", "bool_", "bool") and value in (0, 1):  # numpy's bool too
+        return bool(value)
+    raise InputTypeError(f"{label} must be True or False, got {ascii(value)[:80]}")
+
+
+def check_value(model: NeuronModel, name: str, value: Any, x: Tensor) -> float | Tensor:
+    """What was given for a state or parameter: its tensor or number. Raises what says why not."""
+    if isinstance(value, Tensor):
+        check_tensor(model, name, value, x)
+        return value
+    return check_number(model, name, value, x.dtype)
+
+
+def check_number(model: NeuronModel, name: str, value: Any, dtype: torch.dtype) -> float:
+    """The number that was given for a state or parameter. Raises InputTypeError, SpecError."""
+    try:
+        if isinstance(value, bool | str | bytes):
+            raise TypeError
+        number = float(value)
+    except OverflowError:
+        number = float("inf")  # an int too large to be a float
+    except (TypeError, ValueError):
+        raise InputTypeError(
+            f"{name} must be a number or a tensor, got {type(value).__name__}"
+        ) from None
+    if not abs(number) <= torch.finfo(arithmetic(dtype)).max:
+        raise SpecError(f"{name} must be finite and fit {arithmetic(dtype)}, got {number}")
+    if name in model.positive and not number > 0:
+        raise SpecError(f"{name} must be finite and > 0, got {number}")
+    return number
+
+
+def check_reset(reset: str, values: Mapping[str, Any]) -> None:
+    """Warn of a hard reset to where the neuron fires again."""
+    threshold, back = values.get("v_threshold"), values.get("v_reset")
+    if reset == "hard" and isinstance(threshold, float) and isinstance(back, float):
+        if back < threshold:
+            return
+        warn(
+            f"v_reset={back} is not below v_threshold={threshold}: a neuron that fired fires again"
+        )
+
+
+def label_of(model: NeuronModel, name: str) -> str:
+    """What errors call a state or parameter."""
+    return f"{name}_init" if name in model.state else name
+
+
+def check_tensor(model: NeuronModel, name: str, value: Tensor, x: Tensor) -> None:
+    """Raise what says why a tensor cannot be an initial state or a parameter for x."""
+    is_state, label = name in model.state, label_of(model, name)
+    check_class(label, value)
+    _check_dense(label, value)
+    if not value.dtype.is_floating_point:
+        raise InputTypeError(f"{label} must be floating point, got {value.dtype}")
+    if value.device != x.device:
+        raise SpecError(
+            f"x_seq is on {x.device} but {label} is on {value.device}; move one of them"
+        )
+    shape, given = tuple(x.shape[1:]), tuple(value.shape)
+    if is_state and given and given != shape:
+        hint = "; use .expand(...) to repeat one value" if value.numel() == 1 else ""
+        raise SpecError(f"{label} has shape {given}, expected {shape} = x_seq.shape[1:]{hint}")
+    if not is_state and value.numel() != 1 and not _broadcasts(given, shape):
+        raise SpecError(
+            f"{name} has shape {given}, which does not broadcast to {shape} = x_seq.shape[1:]"
+        )
+
+
+def _broadcasts(given: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    if len(given) > len(shape):
+        return False
+    return all(g in (1, s) for g, s in zip(given[::-1], shape[::-1], strict=False))

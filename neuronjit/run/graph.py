@@ -1,0 +1,350 @@
+"""`multistep` in a graph of torch.compile or torch.export: one operator each way, no graph break.
+
+A graph holds tensors, numbers and text, so all of a call that is neither goes into one text, which
+says everything: a graph that was saved runs in another process. Under an operator is what is under
+an eager call: a plan.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx.experimental import symbolic_shapes
+
+from ..errors import BackendError, CompileError, DifferentiationError, SpecError
+from ..kernels.targets.base import steps_between_checkpoints
+from ..models.model import NeuronModel
+from ..models.surrogate import Surrogate
+from ..neurons import as_model
+from ..surrogates import as_surrogate
+from . import checks
+from .call import Call, Output, Values, as_backend, as_state, exact, settle, signature
+from .plan import (
+    EagerPlan,
+    KernelPlan,
+    backward,
+    choose_target,
+    fall_back,
+    keep,
+    output,
+    plan_for,
+    plans,
+)
+
+# older versions of torch cannot tell: there, a new number makes a new graph
+has_static_value = getattr(symbolic_shapes, "has_static_value", lambda number: True)
+VERSION = 2  # of the text and of what the operators return: compilers keep graphs on disk
+
+
+# --- making a graph: traced by Dynamo, so plain Python on names, numbers and tensors --------------
+
+
+def multistep(
+    model: Any,
+    x: Tensor,
+    state: Mapping[str, Any] | None,
+    surrogate: Any,
+    reset: str,
+    detach_reset: bool,
+    record: Sequence[str],
+    final_state: bool,
+    backend: str | None,
+    params: dict[str, Any],
+) -> Output:
+    """`neuronjit.multistep`, by operators alone."""
+    model, surrogate = as_model(model), as_surrogate(surrogate)
+    state = {name: _constant(value, x) for name, value in as_state(state).items()}
+    params = {name: _constant(value, x) for name, value in params.items()}
+    call, values = settle(
+        model, x, state, surrogate, reset, detach_reset, record, final_state, backend or "auto",
+        params,
+    )  # fmt: skip
+    names = [name for name, value in values.items() if isinstance(value, Tensor)]
+    tensors = [value for value in values.values() if isinstance(value, Tensor)]
+    numbers = [value for value in values.values() if not isinstance(value, Tensor)]
+    changing = []
+    for name, number in zip(surrogate.params, surrogate.values, strict=True):
+        if has_static_value(number):
+            numbers.append(number)
+        else:  # on the CPU: it becomes an argument of the kernel, whose code reads no tensor for it
+            changing.append(name)
+            tensors.append(torch.zeros((), dtype=torch.float64) + number)
+    text = to_text(call, backend, names, changing)
+    save = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
+    outputs = torch.ops.neuronjit.forward(x, tensors, numbers, save, text)
+    return output(call, outputs[:-1])
+
+
+def _constant(value: Any, x: Tensor) -> Any:
+    """A number that changes from call to call as a tensor, so that it is no part of the graph."""
+    if isinstance(value, int | float) and not has_static_value(value):
+        return x.new_zeros((), dtype=checks.arithmetic(x.dtype)) + value
+    return value
+
+
+def to_text(call: Call, backend: str | None, names: list[str], changing: list[str]) -> str:
+    """All of a call but tensors and numbers, on one line.
+
+    Compilers copy it into comments of the code that they write. So its letters are few: no line
+    ends, no backslash.
+    """
+    rest = ", ".join(
+        (
+            f'"reset": "{call.reset}"',
+            f'"detach_reset": {"true" if call.detach_reset else "false"}',
+            f'"spiking": {"true" if call.surrogate.spiking else "false"}',
+            f'"final_state": {"true" if call.final_state else "false"}',
+            f'"backend": {_quoted(backend)}',
+            f'"record": {_listed(call.record)}',
+            f'"tensors": {_listed(names)}',
+            f'"changing": {_listed(changing)}',
+        )
+    )
+    described = f'"model": {call.model.token}, "surrogate": {call.surrogate.token}'
+    return f'{{"neuronjit": {VERSION}, {described}, {rest}}}'
+
+
+def _quoted(text: str | None) -> str:
+    return "null" if text is None else f'"{text}"'
+
+
+def _listed(names: Sequence[str]) -> str:
+    return "[" + ", ".join(f'"{name}"' for name in names) + "]"
+
+
+# --- running one ----------------------------------------------------------------------------------
+
+
+class _Told(NamedTuple):
+    """What the text of a graph says."""
+
+    call: Call  # of the surrogate's form: its numbers come with each call, as does the backend
+    backend: str | None
+    names: tuple[str, ...]  # of the states and parameters that are tensors
+    changing: tuple[str, ...]  # parameters of the surrogate that come as tensors, after those
+
+
+@cache
+def _read(text: str) -> _Told:
+    try:
+        said = json.loads(text)
+        version = said["neuronjit"]
+    except (ValueError, KeyError, TypeError):
+        version = "an older one"
+    if version != VERSION:
+        raise SpecError(f"this graph is of another version of neuronjit ({version}); make it again")
+    name, derivative, primitive, numbers = said["surrogate"]
+    smooth = primitive and _joined(primitive)
+    form = Surrogate(name, _joined(derivative), smooth, dict.fromkeys(numbers, 1.0))
+    model = said["model"]
+    call = Call(
+        NeuronModel(**{**model, "equations": _joined(model["equations"])}),
+        form(spiking=said["spiking"]),
+        said["reset"],
+        said["detach_reset"],
+        tuple(said["record"]),
+        said["final_state"],
+        "auto",
+    )
+    return _Told(call, said["backend"], tuple(said["tensors"]), tuple(said["changing"]))
+
+
+def _joined(lines: list[str]) -> str:
+    return "\n".join(lines)
+
+
+def _find(
+    text: str, x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float]
+) -> tuple[KernelPlan | EagerPlan, Sequence[Tensor]]:
+    """The plan of what a graph asks for, and the tensors without the surrogate's numbers."""
+    told = _read(text)
+    own = tensors[: len(told.names)]
+    alphas = [t.item() for t in tensors[len(told.names) :]]
+    backend = as_backend(told.backend)
+    key = (
+        text, backend, *map(exact, numbers), *map(exact, alphas), signature(x),
+        *map(signature, own),
+    )  # fmt: skip
+    plan = plans.get(key)
+    if plan is None:
+        given, rest = dict(zip(told.names, own, strict=True)), iter(numbers)
+        model, form = told.call.model, told.call.surrogate
+        values: Values = {
+            name: given[name] if name in given else next(rest)
+            for name in (*model.state, *model.params)
+        }
+        changed = dict(zip(told.changing, alphas, strict=True))
+        alpha: Any = {p: changed[p] if p in changed else next(rest) for p in form.params}
+        surrogate = form(**alpha)
+        call = told.call._replace(surrogate=surrogate, backend=backend)
+        checks.check_input(x)
+        for name, value in values.items():
+            checks.check_value(model, name, value, x)
+        plan = keep(key, plan_for(call, x, values))
+    return plan, own
+
+
+def _checkpoints(x: Tensor, model: NeuronModel, save: bool) -> Tensor:
+    """Zeros of the checkpoints' size, as a `KernelPlan` makes them.
+
+    K depends on T only while one piece holds all steps, so the size is one formula whatever T,
+    which may be a symbol here. + 2, so that it is never 0 or 1, for which torch.compile would
+    specialise the graph.
+    """
+    real = checks.arithmetic(x.dtype)
+    if not save:
+        return x.new_empty(0, dtype=real)
+    size = x.shape[0] - 1 if x.shape[0] > 1 else 0
+    size = size // steps_between_checkpoints(sys.maxsize, model) * len(model.state)
+    for neurons in x.shape[1:]:
+        size = size * neurons
+    return x.new_zeros(size + 2, dtype=real)
+
+
+def _state_like(x: Tensor) -> Tensor:
+    """An empty state, in the layout of one step of x."""
+    real = checks.arithmetic(x.dtype)
+    if isinstance(x.shape[0], int) and not x.shape[0]:
+        return x.new_empty(x.shape[1:], dtype=real)
+    return torch.empty_like(x[0], dtype=real)
+
+
+def _restride(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor in the layout that was promised to the graph."""
+    if tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_like(like, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _promised(x: Tensor, outputs: Sequence[Tensor], finals: int) -> list[Tensor]:
+    plain = torch.empty_like(x, device="meta")
+    state = _state_like(plain)
+    return [_restride(t, state if 1 <= i <= finals else plain) for i, t in enumerate(outputs)]
+
+
+@torch.library.custom_op("neuronjit::forward", mutates_args=())
+def _forward(
+    x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float], save: bool, call: str
+) -> list[Tensor]:
+    plan, own = _find(call, x, tensors, numbers)
+    finals = len(plan.call.model.state) if plan.call.final_state else 0
+    if isinstance(plan, KernelPlan):
+        try:
+            outputs, checkpoints = plan.forward(*plan.prepare(x, own), save=save)
+        except (BackendError, CompileError) as error:
+            plan = fall_back(plan, error)
+        else:
+            if plan.copies:
+                outputs = _promised(x, outputs, finals)
+            if checkpoints is None:
+                checkpoints = _checkpoints(x, plan.call.model, save)
+            else:
+                checkpoints[-2:] = 0  # nothing random in a graph
+            return [*outputs, checkpoints]
+    outputs, _ = plan.forward(x, own, save=save)
+    return [*_promised(x, outputs, finals), _checkpoints(x, plan.call.model, save)]
+
+
+@_forward.register_fake
+def _(
+    x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float], save: bool, call: str
+) -> list[Tensor]:
+    told = _read(call)
+    choose_target(as_backend(told.backend), x)
+    states = [_state_like(x) for _ in told.call.model.state]
+    sequences = [torch.empty_like(x) for _ in told.call.record]
+    ends = states if told.call.final_state else []
+    return [torch.empty_like(x), *ends, *sequences, _checkpoints(x, told.call.model, save)]
+
+
+@torch.library.custom_op("neuronjit::backward", mutates_args=())
+def _backward(
+    x: Tensor,
+    checkpoints: Tensor,
+    tensors: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    wanted: Sequence[bool],
+    call: str,
+) -> list[Tensor]:
+    plan, own = _find(call, x, tensors, numbers)
+    asked = tuple(wanted[: 1 + len(own)])
+    held = checkpoints if len(checkpoints) > 2 else None
+    ready, others = plan.prepare(x, own)
+    results = backward(plan, ready, held, others, grads, asked)
+    results += [None] * (len(tensors) - len(own))
+    return _promised_gradients(x, tensors, results, wanted)
+
+
+def _promised_gradients(
+    x: Tensor, tensors: Sequence[Tensor], results: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> list[Tensor]:
+    """One of each input's shape, and an empty tensor for what nobody wants."""
+    given: list[Tensor] = []
+    for t, grad, want in zip((x, *tensors), results, wanted, strict=True):
+        if not want:
+            given.append(t.new_empty(0))
+        elif grad is None:
+            given.append(torch.zeros_like(t))
+        else:
+            given.append(grad.sum_to_size(t.shape).to(t.dtype))
+    if wanted[0]:
+        given[0] = _restride(given[0], torch.empty_like(x, device="meta"))
+    return [given[0], *[g.contiguous() for g in given[1:]]]
+
+
+@_backward.register_fake
+def _(
+    x: Tensor,
+    checkpoints: Tensor,
+    tensors: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    wanted: Sequence[bool],
+    call: str,
+) -> list[Tensor]:
+    shapes = [torch.empty_like(x), *[t.new_empty(t.shape) for t in tensors]]
+    return [s if w else s.new_empty(0) for s, w in zip(shapes, wanted, strict=True)]
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, tensors, ctx.numbers, ctx.save, ctx.call = inputs
+    ctx.save_for_backward(x, output[-1], *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    if not ctx.save:
+        raise DifferentiationError(
+            "this graph was made for inference: no input or parameter required grad; export or"
+            " compile it with one that does"
+        )
+    x, checkpoints, *tensors = ctx.saved_tensors
+    none: Any = None if ctx.numbers else []  # torch takes an empty list for one of tensors
+    wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
+    if all(grad is None for grad in grads[:-1]):
+        return None, [None] * len(tensors), none, None, None
+    results = torch.ops.neuronjit.backward(
+        x, checkpoints, tensors, grads[:-1], ctx.numbers, wanted, ctx.call
+    )
+    given = [grad if want else None for grad, want in zip(results, wanted, strict=True)]
+    return given[0], given[1:], none, None, None
+
+
+def _no_second(ctx: Any, grads: list[Tensor | None]) -> Any:
+    raise DifferentiationError(
+        "the kernels have first derivatives only; use backend='eager' for a second derivative"
+    )
+
+
+_forward.register_autograd(_gradient, setup_context=_keep)
+_backward.register_autograd(_no_second)

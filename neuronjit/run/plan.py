@@ -1,0 +1,464 @@
+"""Plans: all of a call but its tensors, checked once. A warm call allocates and launches.
+
+`KernelPlan` runs kernels, `EagerPlan` the same equations in eager PyTorch. Both have `run` for a
+call, and `forward` and `backward` for those who differentiate themselves.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from functools import reduce
+from operator import or_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendError, CompileError, SpecError
+from ..kernels import build, targets
+from ..kernels.spec import TARGETS, KernelSpec, arguments
+from ..kernels.targets.base import steps_between_checkpoints
+from ..settings import warn_once
+from ..torch_private import autograd_again, is_zero_tensor
+from . import layout, reference
+from .call import NO_STATE, Call, Output, Values
+from .checks import DTYPES, arithmetic, check_memory, label_of
+
+Gradients = list[Tensor | None]
+
+
+plans: dict[tuple[Any, ...], KernelPlan | EagerPlan] = {}
+_KEPT = 4096  # shapes that never come back must not fill the memory
+
+
+def keep(key: tuple[Any, ...], plan: KernelPlan | EagerPlan) -> KernelPlan | EagerPlan:
+    """Remember a plan; where there are too many, forget the others."""
+    if len(plans) >= _KEPT:
+        plans.clear()
+    plans[key] = plan
+    return plan
+
+
+def fall_back(plan: KernelPlan, error: BackendError | CompileError) -> EagerPlan:
+    """The plan to use where the kernel cannot be had, remembered; one warning for each reason.
+
+    Raises the error where the backend was asked for by name.
+    """
+    if plan.call.backend != "auto":
+        raise error
+    for key, kept in list(plans.items()):
+        if kept is plan:
+            plans[key] = plan.eager
+    why = str(error).partition("\n")[0]  # the rest names the kernel
+    warn_once(why, f"neuronjit runs in eager PyTorch, which is slow: {why}", UserWarning)
+    return plan.eager
+
+
+def backward(
+    plan: KernelPlan | EagerPlan,
+    x: Tensor,
+    checkpoints: Tensor | None,
+    tensors: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> Gradients:
+    """As the plan's; in eager PyTorch where its kernel cannot be had (see `fall_back`)."""
+    try:
+        return plan.backward(x, checkpoints, tensors, grads, wanted)
+    except (BackendError, CompileError) as error:
+        if isinstance(plan, EagerPlan):
+            raise
+        return fall_back(plan, error).backward(x, None, tensors, grads, wanted)
+
+
+def plan_for(call: Call, x: Tensor, values: Values) -> KernelPlan | EagerPlan:
+    """The plan of a call that was checked. Raises BackendError."""
+    target = choose_target(call.backend, x)
+    if target == "eager" or not x.numel():
+        return EagerPlan(call, values)
+    return KernelPlan(call, target, x, values)
+
+
+def choose_target(backend: str, x: Tensor) -> str:
+    """The target that serves x: "cuda", "cpu", or "eager"."""
+    device = x.device.type
+    if backend == "auto":
+        if device not in TARGETS:
+            where = " and ".join(TARGETS)
+            text = f"neuronjit runs in eager PyTorch on {device}; there are kernels for {where}"
+            warn_once(device, text, UserWarning)
+            return "eager"
+        return device
+    if backend not in ("eager", device):
+        raise BackendError(
+            f"backend='{backend}' was asked for, but x_seq is on {x.device}; move it, or use"
+            " backend='auto'"
+        )
+    return backend
+
+
+def output(call: Call, outputs: Sequence[Tensor]) -> Output:
+    """The outputs of `forward` by name."""
+    record = call.record
+    if not call.final_state:
+        return Output(outputs[0], NO_STATE, dict(zip(record, outputs[1:], strict=True)))
+    states = call.model.state
+    last = 1 + len(states)
+    return Output(
+        outputs[0],
+        dict(zip(states, outputs[1:last], strict=True)),
+        dict(zip(record, outputs[last:], strict=True)) if record else {},
+    )
+
+
+class EagerPlan:
+    """The equations in eager PyTorch, operation by operation."""
+
+    def __init__(self, call: Call, values: Values) -> None:
+        self.call = call
+        # without the tensors: a plan that is kept must not keep them alive
+        self._values: dict[str, float | None] = {
+            name: None if isinstance(value, Tensor) else value for name, value in values.items()
+        }
+
+    def prepare(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """As a KernelPlan's: torch's operations take any dtype and layout."""
+        return x, tensors
+
+    def run(self, x: Tensor, tensors: Sequence[Tensor]) -> Output:
+        """The call; autograd records each operation."""
+        call, rest = self.call, iter(tensors)
+        most = x.dim() - 1
+        values: Values = {}
+        for name, number in self._values.items():
+            if number is not None:
+                values[name] = number
+                continue
+            tensor = next(rest)
+            # one element serves any step, however many dimensions it has
+            values[name] = tensor.reshape(()) if tensor.dim() > most else tensor
+        spikes, state, record = reference.run(
+            call.model, x, values, call.surrogate, call.reset, call.detach_reset, call.record
+        )
+        return Output(spikes, state if call.final_state else NO_STATE, record)
+
+    def forward(
+        self, x: Tensor, tensors: Sequence[Tensor], save: bool
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """As a KernelPlan's; backward runs the equations once more."""
+        out = self.run(x, tensors)
+        return [out.spikes, *out.state.values(), *out.record.values()], None
+
+    def backward(
+        self,
+        x: Tensor,
+        checkpoints: Tensor | None,
+        tensors: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+    ) -> Gradients:
+        """As a KernelPlan's: by autograd, from the inputs on."""
+        with autograd_again(), torch.enable_grad():
+            leaves = [
+                t.detach().requires_grad_(w) for t, w in zip((x, *tensors), wanted, strict=True)
+            ]
+            outputs, _ = self.forward(leaves[0], leaves[1:], save=False)
+            arrived = [
+                (o, g)
+                for o, g in zip(outputs, grads, strict=True)
+                if g is not None and o.requires_grad
+            ]
+            asked = [leaf for leaf in leaves if leaf.requires_grad]
+            if not arrived:
+                return [None for _ in leaves]
+            ends, gradients = zip(*arrived, strict=True)
+            found = iter(torch.autograd.grad(ends, asked, gradients, allow_unused=True))
+        each = [next(found) if leaf.requires_grad else None for leaf in leaves]
+        return [None if g is None else g.clone() for g in each]
+
+
+class _Launch(NamedTuple):
+    run: Any  # the kernel's launch(packed, n, T)
+    blocks: Any  # the kernel's blocks(n)
+    pack: Any  # struct.Struct(...).pack, in the order of source.arguments
+
+
+class _Arriving(NamedTuple):
+    sequences: tuple[str, ...]  # whose gradients arrive
+    learned: tuple[str, ...]  # parameters whose gradient is wanted
+    summed: tuple[str, ...]  # those of them that all neurons share
+
+
+class KernelPlan:
+    """One compiled kernel forward, one backward, for each alignment and set of gradients."""
+
+    def __init__(self, call: Call, target: str, x: Tensor, values: Values) -> None:
+        self.call, self.target = call, target
+        model, surrogate = call.model, call.surrogate
+        given = {name: v for name, v in values.items() if isinstance(v, Tensor)}
+        numbers = {name: v for name, v in values.items() if not isinstance(v, Tensor)}
+        self.eager = EagerPlan(call, values)
+        self.final = tuple(model.state) if call.final_state else ()
+        self.given = tuple(given)
+        self.states, self.params = tuple(model.state), tuple(model.params)
+        self.dtype, self.real, self.device = x.dtype, arithmetic(x.dtype), x.device
+        self.T, self.n, self.shape = x.shape[0], x[0].numel(), x.shape[1:]
+        self.copies = x.is_neg() or not layout.is_sequence(x.shape, x.stride())
+        self.strides = x[0].contiguous().stride() if self.copies else x.stride()[1:]
+        self.repeats = {
+            name: layout.repeat(tensor.shape, self.shape, self.strides)
+            for name, tensor in given.items()
+            if name in model.params and tensor.numel() != 1
+        }
+        self.per_neuron = tuple(p for p in self.params if p in self.repeats)
+        self.position = {name: i for i, name in enumerate((*self.states, *self.params))}
+        shared = [numbers.get(n, 0.0) for n in self.position if n not in self.repeats]
+        counts = [c for p in self.per_neuron for c in self.repeats[p][:2]]
+        smooth = [] if surrogate.spiking else surrogate.values
+        self._forward_tail = (*counts, self.n, *shared, *smooth, self.T)
+        self._backward_tail = (*counts, self.n, *shared, *surrogate.values, self.T)
+        self._prepared = not any(
+            t.dtype != self.real
+            or t.is_neg()
+            or (name in model.state and t.stride() != self.strides)
+            for name, t in given.items()
+        )
+        # what backward is given must be this again, whatever hooks did to it in between
+        self._x = (x.shape, self.dtype, self.device, (self.n, *self.strides))
+        self._tensors = [
+            (self.shape, self.real, self.device, self.strides)
+            if name in model.state
+            else (t.shape, self.real, self.device, None)  # in any layout: see layout.Repeat
+            for name, t in given.items()
+        ]
+        k = steps_between_checkpoints(self.T, model)
+        # of the checkpoints: [count, states, n], and two more: see `graph`, which has any T
+        size = torch.Size([(self.T - 1) // k * len(self.states) * self.n + 2])
+        self._saved = (size, self.real, self.device, (1,)) if k < self.T else None
+        self._no_states, self._no_inputs = [0] * len(self.states), [0] * len(self.position)
+        self._launches: dict[Any, _Launch] = {}
+        self._arrivals: dict[Any, _Arriving] = {}
+
+    def prepare(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """x and the tensors in the dtype and layout that the kernels read (differentiably)."""
+        if self.copies:
+            x = x.resolve_neg().contiguous()
+        if not self._prepared:
+            tensors = [
+                layout.in_layout(t.to(self.real).expand(self.shape), self.shape, self.strides)
+                if name in self.call.model.state
+                else t.to(self.real).resolve_neg()
+                for name, t in zip(self.given, tensors, strict=True)
+            ]
+        return x, tensors
+
+    def forward(
+        self, x: Tensor, tensors: Sequence[Tensor], save: bool
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Spikes, last states, recorded sequences; and backward's checkpoints, if it needs any.
+
+        x and the tensors are prepared; these are those of the values, in the model's order.
+        """
+        spikes = torch.empty_like(x)
+        lasts = [self._empty_state() for _ in self.final]
+        records = [torch.empty_like(x) for _ in self.call.record]
+        inputs, alive = self._inputs(tensors)
+        pointers = [x.data_ptr(), spikes.data_ptr(), *[t.data_ptr() for t in records]]
+        if 0 in pointers:
+            check_memory(["x_seq", "the output"], [x, spikes])
+        pointers += [t.data_ptr() for t in lasts] if lasts else self._no_states
+        aligned = not reduce(or_, (*pointers, *inputs)) & 15
+        launch = self._launches.get(aligned) or self._load(aligned, "forward", self.call.record, ())
+        checkpoints = None
+        if save and self._saved is not None:
+            checkpoints = torch.empty(self._saved[0], dtype=self.real, device=self.device)
+        packed = launch.pack(*pointers, _pointer(checkpoints), 0, *inputs, *self._forward_tail)
+        launch.run(packed, self.n, self.T)
+        del alive
+        return [spikes, *lasts, *records], checkpoints
+
+    def backward(
+        self,
+        x: Tensor,
+        checkpoints: Tensor | None,
+        tensors: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+    ) -> Gradients:
+        """Gradients of x and of each tensor, as far as `wanted`; `grads` are the outputs'.
+
+        Shapes and layouts of everything given are compared with the plan's.
+        """
+        x, tensors = self._as_planned(x, tensors)
+        if (checkpoints is None) != (self._saved is None):
+            raise SpecError(f"the checkpoints {_CHANGED}")
+        if checkpoints is not None and self._saved is not None:
+            checkpoints = _as_saved("the checkpoints", checkpoints, self._saved)
+        arriving = self._arriving(tuple([g is not None for g in grads]), tuple(wanted))
+        sequences, learned, summed = arriving
+        last = 1 + len(self.final)
+        arrived = [
+            self._arrived(g, x.shape, x.stride(), self.dtype)
+            for g in (grads[0], *grads[last:])
+            if g is not None
+        ]
+        ends = [
+            None if g is None else self._arrived(g, self.shape, self.strides, self.real)
+            for g in grads[1:last]
+        ]
+        x_grad = torch.empty_like(x) if wanted[0] else None
+        own: dict[str, Tensor] = {}
+        for name, want in zip(self.given, wanted[1:], strict=True):
+            if want and name not in summed:
+                own[name] = self._empty_state()
+        inputs, alive = self._inputs(tensors)
+        pointers = [x.data_ptr(), _pointer(x_grad), *[g.data_ptr() for g in arrived]]
+        if not pointers[0]:
+            check_memory(["x_seq"], [x])
+        pointers += [_pointer(g) for g in ends] if ends else self._no_states
+        pointers += [_pointer(own.get(z)) for z in self.states] if own else self._no_states
+        pointers.append(_pointer(checkpoints))
+        pointers += [own[p].data_ptr() for p in learned if p in own]
+        aligned = not reduce(or_, (*pointers, *inputs)) & 15
+        key = (aligned, sequences, learned)
+        launch = self._launches.get(key) or self._load(key, "backward", sequences, learned)
+        partials = None
+        if summed:
+            size = (len(summed), launch.blocks(self.n))
+            partials = torch.empty(size, dtype=self.real, device=self.device)
+        packed = launch.pack(*pointers, _pointer(partials), *inputs, *self._backward_tail)
+        launch.run(packed, self.n, self.T)
+        del alive
+        if not self.given:
+            return [x_grad]
+        results: Gradients = [x_grad]
+        totals = {} if partials is None else dict(zip(summed, partials.sum(1), strict=True))
+        for name, tensor in zip(self.given, tensors, strict=True):
+            if name in totals:
+                results.append(totals[name].reshape(tensor.shape))
+            else:
+                results.append(own[name].sum_to_size(tensor.shape) if name in own else None)
+        return results
+
+    def _arriving(self, arrived: tuple[bool, ...], wanted: tuple[bool, ...]) -> _Arriving:
+        key = (arrived, wanted)
+        if key not in self._arrivals:
+            last = 1 + len(self.final)
+            present = zip(("s", *self.call.record), (arrived[0], *arrived[last:]), strict=True)
+            want = {name for name, w in zip(self.given, wanted[1:], strict=True) if w}
+            learned = tuple(p for p in self.params if p in want)
+            summed = tuple(p for p in learned if p not in self.repeats)
+            self._arrivals[key] = _Arriving(
+                tuple(n for n, here in present if here), learned, summed
+            )
+        return self._arrivals[key]
+
+    def _as_planned(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """What was saved for backward, in the layout in which it was saved.
+
+        Hooks may give it back in another one (save_on_cpu(pin_memory=True) does), which is mended;
+        of another shape or dtype, or after `x.data = ...`, it is not what forward saw: SpecError.
+        """
+        x = _as_saved("x_seq", x, self._x)
+        if not tensors:
+            return x, tensors
+        model, saved = self.call.model, zip(self.given, tensors, self._tensors, strict=True)
+        return x, [_as_saved(label_of(model, name), t, was) for name, t, was in saved]
+
+    def _arrived(
+        self, grad: Tensor, shape: Sequence[int], strides: layout.Strides, dtype: torch.dtype
+    ) -> Tensor:
+        """A gradient that arrives, as the kernel reads it."""
+        if (
+            grad.layout is torch.strided
+            and grad.stride() == strides
+            and grad.shape == shape
+            and grad.dtype is dtype
+            and grad.device == self.device
+            and not grad.is_neg()
+            and grad.data_ptr()
+        ):
+            return grad  # nearly all are so
+        if grad.layout is not torch.strided:
+            grad = grad.to_dense()
+        if grad.dtype != dtype or grad.shape != shape or grad.device != self.device:
+            raise SpecError(
+                f"a gradient arrives as {tuple(grad.shape)}, {grad.dtype}, {grad.device}; expected"
+                f" {tuple(shape)}, {dtype}, {self.device}: a hook has changed it"
+            )
+        if is_zero_tensor(grad):
+            grad = torch.zeros_like(grad)
+        if grad.stride() != strides or grad.is_neg():
+            grad = layout.in_layout(grad, shape, strides)
+        if not grad.data_ptr():
+            check_memory(["a gradient that arrives"], [grad])
+        return grad
+
+    def _inputs(self, tensors: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
+        """Pointers to all states and parameters, 0 for numbers; and what must stay alive."""
+        alive: list[Tensor] = []
+        if not self.given:
+            return self._no_inputs, alive
+        pointers = self._no_inputs.copy()
+        for name, tensor in zip(self.given, tensors, strict=True):
+            if not tensor.data_ptr():
+                check_memory([label_of(self.call.model, name)], [tensor])
+            if name in self.repeats:
+                tensor = self.repeats[name].elements(tensor.detach(), self.shape, self.strides)
+                alive.append(tensor)
+            pointers[self.position[name]] = tensor.data_ptr()
+        return pointers, alive
+
+    def _empty_state(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.real, device=self.device)
+
+    def _load(
+        self, key: Any, direction: str, sequences: tuple[str, ...], learned: tuple[str, ...]
+    ) -> _Launch:
+        aligned = key if direction == "forward" else key[0]
+        shape = targets.by_name(self.target).shape(
+            direction, self.dtype.itemsize, self.call.model, len(sequences), self.n, self.T, aligned
+        )
+        spec = KernelSpec.of(
+            self.call.model,
+            self.target,
+            direction,
+            self.call.surrogate,
+            self.call.reset,
+            self.call.detach_reset,
+            DTYPES[self.dtype],
+            per_neuron=self.per_neuron,
+            learned=learned,
+            sequences=sequences,
+            **shape._asdict(),
+        )
+        codes = "".join(field.code for field in arguments(spec))
+        kernel = build.load_kernel(spec, self.device.index or 0)
+        pack = struct.Struct(f"@{codes}0q").pack
+        return self._launches.setdefault(key, _Launch(kernel.launch, kernel.blocks, pack))
+
+
+_CHANGED = (
+    "that backward is given are not what forward saved: a saved-tensor hook, or .data, has changed"
+    " them; run forward again, or leave them as they are"
+)
+
+
+def _as_saved(label: str, tensor: Tensor, was: tuple[Any, ...]) -> Tensor:
+    """The tensor in the layout that it was saved in, if it still has its shape and dtype."""
+    shape, dtype, device, strides = was
+    if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, device) or (
+        tensor.layout is not torch.strided
+    ):
+        raise SpecError(
+            f"the numbers of {label} {_CHANGED} (saved: {tuple(shape)}, {dtype}, on {device}; now:"
+            f" {tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}, {tensor.layout})"
+        )
+    if tensor.is_neg() or not (strides is None or tensor.stride() == strides):
+        return layout.in_layout(tensor, shape, tensor.stride() if strides is None else strides)
+    return tensor
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
