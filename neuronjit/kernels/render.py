@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from functools import cache, reduce
 from typing import Any
 
-from ..language.calculus import add, derivative, multiply, negate, split_choices
+from ..language.algebra import add, multiply, negate
+from ..language.calculus import derivative, split_choices
 from ..language.cpp import divided_by, exact_divisions, fast_divisions, functions, to_cpp
+from ..language.functions import LIBRARY
 from ..language.tree import Node, Statement, name, needed, number
 from ..models.block import program
 from .spec import CUDA_BLOCK, STORAGE, KernelSpec, arguments, surrogate_arguments, templates
@@ -19,7 +21,9 @@ KEEP_RECIPROCALS = ("cuda",)
 def render_specs(specs: Sequence[KernelSpec]) -> str:
     """The source of some kernels of one target: the target's names once, then each kernel."""
     environment = _environment()
-    header = environment.get_template(f"target_{specs[0].target}.h.j2").render(block=CUDA_BLOCK)
+    header = environment.get_template(f"target_{specs[0].target}.h.j2").render(
+        block=CUDA_BLOCK, library=LIBRARY
+    )
     kernel = environment.get_template("multistep.cu.j2")
     return "\n".join([header, *(_squeeze(kernel.render(_context(spec))) for spec in specs)])
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-from .tree import FUNCTIONS, Node, name, number, small_power
+from .functions import is_call
+from .tree import Node, name, number, small_power
 
 COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
 _PRECEDENCE = {
@@ -98,7 +99,7 @@ def fast_divisions(
     Exact are comparisons, so that a choice of slopes falls as that of values did, and functions
     that the step has `evaluated`: written alike, compilers find that they are needed only once.
     """
-    if node.op in COMPARISONS or (_is_function(node) and node in evaluated):
+    if node.op in COMPARISONS or (is_call(node) and node in evaluated):
         return exact_divisions(node, divisors)
     args = tuple(fast_divisions(arg, divisors, evaluated) for arg in node.args)
     if node.op != "/":
@@ -112,14 +113,10 @@ def fast_divisions(
     return Node("ratio", (a, b))
 
 
-def _is_function(node: Node) -> bool:
-    return node.op in FUNCTIONS or node.op == "**"
-
-
 def functions(node: Node) -> set[Node]:
     """Every call of a function, and every power, within an expression."""
     found = set().union(*(functions(arg) for arg in node.args))
-    return found | {node} if _is_function(node) else found
+    return found | {node} if is_call(node) else found
 
 
 def kept_of(divisor: Node) -> str:

@@ -15,7 +15,8 @@ from functools import partial
 from typing import Any
 
 from ..errors import EquationError, known
-from .tree import FUNCTIONS, Node, Statement, name, number
+from .functions import FUNCTIONS
+from .tree import Node, Statement, name, number
 
 MAX_CHARACTERS = 10_000
 MAX_NODES = 2_000
@@ -219,8 +220,8 @@ def _convert(
                 place = "only as the first argument of where()"
                 raise refused(node, f"a single comparison is allowed, and {place}")
             case ast.Call(func=ast.Name(id=f), args=args, keywords=[]) if f in FUNCTIONS:
-                if len(args) != FUNCTIONS[f]:
-                    reason = f"{f}() takes {FUNCTIONS[f]} arguments, got {len(args)}"
+                if len(args) != FUNCTIONS[f].arity:
+                    reason = f"{f}() takes {FUNCTIONS[f].arity} arguments, got {len(args)}"
                     raise refused(node, reason)
                 where = f == "where"
                 parts = (convert(a, deeper, where and i == 0) for i, a in enumerate(args))

@@ -6,11 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-# arity of every function of the language; each target header defines it as <name>_
-FUNCTIONS = {
-    "exp": 1, "log": 1, "sqrt": 1, "tanh": 1, "sigmoid": 1, "sin": 1, "cos": 1, "atan": 1, "erf": 1,
-    "erfc": 1, "abs": 1, "sign": 1, "minimum": 2, "maximum": 2, "where": 3, "detach": 1,
-}  # fmt: skip
 _PART = re.compile(r"(\w+)_\d+_", re.ASCII)  # no name of the equations ends in _
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..language.tree import FUNCTIONS, Node, small_power
+from ..language.functions import OPERATIONS
+from ..language.tree import Node, small_power
 from ..models.block import program
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
@@ -90,18 +91,6 @@ def run(
     return stacked.pop("s"), {z: known[z].clone() for z in model.state}, stacked
 
 
-_OPERATIONS: dict[str, Callable[..., Any]] = {
-    "+": torch.add, "-": torch.sub, "*": torch.mul, "/": torch.div, "**": torch.pow,
-    "neg": torch.neg, "detach": torch.Tensor.detach,
-    "<": torch.lt, "<=": torch.le, ">": torch.gt, ">=": torch.ge, "==": torch.eq, "!=": torch.ne,
-    **{f: getattr(torch, f) for f in FUNCTIONS if f != "detach"},
-}  # fmt: skip
-
-
-# operations whose slopes are finite, whatever their arguments
-_HARMLESS = {"name", "number", "+", "-", "neg", "abs", "where", "minimum", "maximum", "detach"}
-
-
 def evaluate(node: Node, values: Mapping[str, Any], constant: Callable[[float], Any]) -> Any:
     """Evaluate with torch, one operation a node.
 
@@ -135,7 +124,7 @@ class _Evaluation:
             a, b = (self.without_gradients(arg, values) for arg in node.args)
             less = torch.lt if node.op == "maximum" else torch.gt
             kept = less(a, b).logical_not(), less(b, a).logical_not()
-            return _OPERATIONS[node.op](*map(self.behind, node.args, kept, (values, values)))
+            return OPERATIONS[node.op].torch(*map(self.behind, node.args, kept, (values, values)))
         if node.op == "sign":
             return torch.sign(self.behind(node.args[0], torch.tensor(False), values))
         return self.operation(node, [self.run(arg, values) for arg in node.args])
@@ -162,11 +151,12 @@ class _Evaluation:
     def operation(self, node: Node, args: list[Any]) -> Any:
         if small_power(node):
             return args[0] * args[0] if node.args[1].value == 2.0 else args[0] * args[0] * args[0]
-        return _OPERATIONS[node.op](*args)
+        return OPERATIONS[node.op].torch(*args)
 
 
 def _may_be_infinite(node: Node) -> bool:
     """Whether a slope within may be infinite or NaN."""
     if node.op == "detach":
         return False
-    return node.op not in _HARMLESS or any(map(_may_be_infinite, node.args))
+    finite = node.op not in OPERATIONS or OPERATIONS[node.op].finite  # a name or number, else
+    return not finite or any(map(_may_be_infinite, node.args))

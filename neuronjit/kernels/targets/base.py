@@ -8,7 +8,8 @@ import tempfile
 from functools import cache
 from typing import NamedTuple
 
-from ...language.tree import FUNCTIONS, Node
+from ...language.functions import OPERATIONS
+from ...language.tree import Node
 from ...models.model import NeuronModel
 from ...settings import debugging
 from ..spec import KernelSpec
@@ -17,7 +18,6 @@ from ..spec import KernelSpec
 # that is a page of code as many; GPU kernels contain it K times.
 MOST_TERMS = 1000
 _TERMS_OF_FUNCTION = 8
-_SHORT = {"abs", "sign", "minimum", "maximum", "where", "detach", "sqrt"}
 
 
 class Shape(NamedTuple):
@@ -59,7 +59,7 @@ def _terms_of_model(model: NeuronModel) -> int:
 
 
 def _terms(tree: Node) -> int:
-    long = tree.op == "**" or (tree.op in FUNCTIONS and tree.op not in _SHORT)
+    long = tree.op in OPERATIONS and OPERATIONS[tree.op].long
     return (_TERMS_OF_FUNCTION if long else 1) + sum(map(_terms, tree.args))
 
 

@@ -1,0 +1,111 @@
+"""Every operation of the language, one row each.
+
+A new function is one row here; where no function of the C library has its name (`library`), also
+one line in templates/math.h.j2, as `<name>_`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .algebra import ONE, ZERO, is_number, multiply, negate, over
+from .tree import Node, number
+
+Slopes = Callable[..., Sequence[Node]]  # of (the call itself, *its arguments), one an argument
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation: how torch does it, its slopes, and what is known of its code."""
+
+    arity: int
+    torch: Callable[..., Any]
+    slopes: Slopes | None = None  # None: no gradient passes, or (where) it is a choice
+    finite: bool = False  # its slopes are finite, whatever its arguments
+    library: bool = False  # a function of the C library, of the same name
+    long: bool = False  # a page of code: kernels that contain many compile slowly
+
+
+def closed(node: Node, opened: Node) -> Sequence[Node]:
+    """For both branches of a choice: 0 where it does not take the branch, else `opened`."""
+    *condition, a, b = node.args
+    if condition:
+        return Node("where", (*condition, opened, ZERO)), Node("where", (*condition, ZERO, opened))
+    less = "<" if node.op == "maximum" else ">"
+    return [Node("where", (Node(less, pair), ZERO, opened)) for pair in ((a, b), (b, a))]
+
+
+def _power_slopes(n: Node, a: Node, b: Node) -> Sequence[Node]:
+    if is_number(b, 0):
+        return ZERO, ZERO
+    lower = number(float(b.value) - 1) if b.op == "number" else Node("-", (b, ONE))
+    by_base = multiply(b, a if is_number(lower, 1) else Node("**", (a, lower)))
+    if b.op != "number":  # as torch: slopes are 0, not 0 times infinity, for an exponent of 0 ...
+        by_base = Node("where", (Node("==", (b, ZERO)), ZERO, by_base))
+    slope = multiply(n, Node("log", (a,)))
+    at_zero = Node("where", (Node(">=", (b, ZERO)), ZERO, slope))  # ... and by it for a base of 0
+    by_exponent = Node("where", (Node("==", (a, ZERO)), at_zero, slope))
+    return by_base, by_exponent
+
+
+def _choice(node: Node, a: Node, b: Node) -> Sequence[Node]:
+    """Slopes of minimum and maximum: one half each at a tie, and both 1 beside a NaN, as torch."""
+    shared = Node("where", (Node("==", (a, b)), number(0.5), ONE))
+    return closed(node, shared)
+
+
+def _gauss(scale: float, a: Node) -> Node:
+    return multiply(number(scale), Node("exp", (negate(multiply(a, a)),)))
+
+
+def _page(torch: Callable[..., Any], slopes: Slopes) -> Operation:
+    """A function of the C library that is a page of code."""
+    return Operation(1, torch, slopes, library=True, long=True)
+
+
+OPERATORS = {
+    "+": Operation(2, torch.add, lambda n, a, b: (ONE, ONE), finite=True),
+    "-": Operation(2, torch.sub, lambda n, a, b: (ONE, negate(ONE)), finite=True),
+    "neg": Operation(1, torch.neg, lambda n, a: (negate(ONE),), finite=True),
+    "*": Operation(2, torch.mul, lambda n, a, b: (b, a)),
+    "/": Operation(2, torch.div, lambda n, a, b: (over(ONE, b), negate(over(n, b)))),
+    "**": Operation(2, torch.pow, _power_slopes, long=True),
+    "<": Operation(2, torch.lt),
+    "<=": Operation(2, torch.le),
+    ">": Operation(2, torch.gt),
+    ">=": Operation(2, torch.ge),
+    "==": Operation(2, torch.eq),
+    "!=": Operation(2, torch.ne),
+}
+FUNCTIONS = {
+    "exp": _page(torch.exp, lambda n, a: (n,)),
+    "log": _page(torch.log, lambda n, a: (over(ONE, a),)),
+    "sqrt": Operation(1, torch.sqrt, lambda n, a: (over(number(0.5), n),), library=True),
+    "tanh": _page(torch.tanh, lambda n, a: (Node("-", (ONE, multiply(n, n))),)),
+    "sigmoid": Operation(
+        1, torch.sigmoid, lambda n, a: (multiply(n, Node("-", (ONE, n))),), long=True
+    ),
+    "sin": _page(torch.sin, lambda n, a: (Node("cos", (a,)),)),
+    "cos": _page(torch.cos, lambda n, a: (negate(Node("sin", (a,))),)),
+    "atan": _page(torch.atan, lambda n, a: (over(ONE, Node("+", (ONE, multiply(a, a)))),)),
+    "erf": _page(torch.erf, lambda n, a: (_gauss(2 / math.sqrt(math.pi), a),)),
+    "erfc": _page(torch.erfc, lambda n, a: (_gauss(-2 / math.sqrt(math.pi), a),)),
+    "abs": Operation(1, torch.abs, lambda n, a: (Node("sign", (a,)),), finite=True),
+    "sign": Operation(1, torch.sign),
+    "minimum": Operation(2, torch.minimum, _choice, finite=True),
+    "maximum": Operation(2, torch.maximum, _choice, finite=True),
+    "where": Operation(3, torch.where, finite=True),
+    "detach": Operation(1, torch.Tensor.detach, finite=True),
+}
+OPERATIONS = OPERATORS | FUNCTIONS
+LIBRARY = [name for name, function in FUNCTIONS.items() if function.library]
+
+
+def is_call(node: Node) -> bool:
+    """Return whether the tree calls a function, or is a power, which is one too."""
+    return node.op in FUNCTIONS or node.op == "**"
