@@ -14,8 +14,8 @@ from .. import neurons
 from ..cache import store
 from ..errors import NeuronJitError, SpecError
 from ..surrogates import as_surrogate
-from . import build, manifest, targets
-from .spec import ITEMSIZE, TARGETS, KernelSpec
+from . import build, targets
+from .spec import ITEMSIZE, TARGETS, KernelSpec, in_order
 
 Job = tuple[KernelSpec, str]  # with the architecture to compile for
 
@@ -121,7 +121,7 @@ def choices(
         ("per-neuron", per_neuron, params),
         ("record", record, states),
     ):
-        manifest.check_names(names, allowed, what)
+        in_order(names, allowed, what)
     replaced = [as_surrogate(given) for given in surrogates]
     replaced = [given(spiking=False) for given in replaced] if smooth else replaced
     for model, surrogate, reset, dtype in itertools.product(

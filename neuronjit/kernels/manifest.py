@@ -12,12 +12,12 @@ import json
 import os
 import shlex
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
 from .. import neurons, surrogates
-from ..errors import NeuronJitError, SpecError, known
+from ..errors import NeuronJitError, SpecError
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
 from ..settings import env, warn_once
@@ -25,8 +25,6 @@ from . import targets
 from .spec import KernelSpec
 
 MAX_BYTES = 64 << 20  # of a manifest: 100,000 kernels and more
-_MOST = 256  # steps, lanes and loads become code that many times over
-_NAMES = ("per_neuron", "learned", "sequences")
 # NEURONJIT_RECORD -> its device and inode, how far it was read, the whole lines up to there
 _recorded: dict[str, tuple[tuple[int, int], int, frozenset[bytes]]] = {}
 
@@ -107,33 +105,23 @@ def to_json(spec: KernelSpec) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> KernelSpec:
-    """The spec that `to_json` described. Raises SpecError or InputTypeError for anything else."""
+    """The spec that `to_json` described. Raises SpecError or InputTypeError for anything else.
+
+    Types are checked here, because JSON brings any; all rules of a spec are KernelSpec's own.
+    """
     names = {f.name for f in fields(KernelSpec)}
     if data.keys() != names:
         odd = sorted(map(str, data.keys() ^ names))
         raise SpecError(f"these fields are missing or unknown: {ascii(odd)[:200]}")
     given = dict(data)
-    model = given["model"] = _model(given["model"])
+    given["model"] = _model(given["model"])
     given["surrogate"] = _surrogate(given["surrogate"])
     for field in ("target", "direction", "dtype", "reset"):
-        _expect(given[field], str, field)  # KernelSpec knows which
+        _expect(given[field], str, field)
     for field in ("spiking", "detach_reset", "prefetch"):
         _expect(given[field], bool, field)
-    for field in ("steps", "lanes", "loads"):
-        if not 1 <= _expect(given[field], int, field) <= _MOST:
-            raise SpecError(f"{field} must be from 1 to {_MOST}, got {given[field]}")
-    for field, allowed in zip(
-        _NAMES, (model.params, model.params, ("s", "h", *model.state)), strict=True
-    ):
-        chosen = tuple(_expect(given[field], list, field))
-        check_names(chosen, allowed, field)
-        given[field] = chosen
-    if (given["reset"] == "own") != model.own_reset:
-        raise SpecError(f"reset {given['reset']!r} does not fit model '{model.name}'")
-    if given["surrogate"] is None and (given["direction"] == "backward" or not given["spiking"]):
-        raise SpecError("this kernel needs a surrogate")
-    if not given["spiking"] and given["surrogate"].primitive is None:
-        raise SpecError(f"surrogate '{given['surrogate'].name}' has no primitive")
+    for field in ("per_neuron", "learned", "sequences"):
+        given[field] = tuple(_expect(given[field], list, field))
     return KernelSpec(**given)
 
 
@@ -157,15 +145,6 @@ def command(spec: KernelSpec, arch: str) -> str:
     ):
         words += [f"--{flag}", *names] if names else []
     return f"neuronjit-cache prebuild {shlex.join(words)} {place}"
-
-
-def check_names(names: Sequence[Any], allowed: Iterable[str], what: str) -> None:
-    """Raises SpecError unless all are different, and allowed."""
-    allowed = list(allowed)
-    if len(set(map(ascii, names))) < len(names) or any(name not in allowed for name in names):
-        raise SpecError(
-            f"{what}: {ascii(list(names))[:80]} is not a choice of names. {known(allowed)}"
-        )
 
 
 def _is_built_in(by_name: Callable[[str], Any], given: Any) -> bool:
