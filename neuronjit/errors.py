@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class NeuronJitError(Exception):
@@ -44,3 +45,18 @@ class BundleError(NeuronJitError, ValueError):
 def known(names: Iterable[str]) -> str:
     """The tail of an error about a name: what would have been right."""
     return "Known: " + ", ".join(sorted(names))
+
+
+def expect(value: Any, kind: type, what: str) -> Any:
+    """The value, if it is of exactly this type: True is no int here. Raises SpecError."""
+    if type(value) is not kind:
+        raise SpecError(f"{what} must be {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+def expect_fields(data: Any, kinds: Mapping[str, type], what: str) -> dict[str, Any]:
+    """A copy of a JSON object that has these fields and no others. Raises SpecError."""
+    expect(data, dict, what)
+    if odd := sorted(map(str, data.keys() ^ kinds.keys())):
+        raise SpecError(f"{what}: these fields are missing or unknown: {ascii(odd)[:200]}")
+    return {field: expect(data[field], kind, field) for field, kind in kinds.items()}

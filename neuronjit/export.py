@@ -15,6 +15,7 @@ from .errors import SpecError, known
 from .kernels import targets
 from .kernels.render import render_specs
 from .kernels.spec import ITEMSIZE, KernelSpec
+from .models.block import RESETS
 from .models.model import NeuronModel
 from .surrogates import ATan
 
@@ -84,7 +85,7 @@ def save_cuda_codes(
     *,
     neurons: Iterable[Any] = SEED_NEURONS,
     surrogates: Iterable[Any] = SEED_SURROGATES,
-    resets: Iterable[str] = ("hard", "soft"),
+    resets: Iterable[str] = tuple(RESETS),
     detach_resets: Iterable[bool] = (False, True),
     decay_inputs: Iterable[bool] = (True, False),
     dtypes: Iterable[str] = ("float32", "float16"),

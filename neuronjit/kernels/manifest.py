@@ -17,7 +17,7 @@ from dataclasses import fields
 from typing import Any
 
 from .. import neurons, surrogates
-from ..errors import NeuronJitError, SpecError
+from ..errors import NeuronJitError, SpecError, expect
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
 from ..settings import env, warn_once
@@ -73,8 +73,8 @@ def read(path: str) -> list[tuple[KernelSpec, str]]:
         if line.strip():
             try:
                 given = json.loads(line)
-                _expect(given, dict, "a line")
-                arch = _expect(given.pop("arch", None), str, "arch")
+                expect(given, dict, "a line")
+                arch = expect(given.pop("arch", None), str, "arch")
                 spec = from_json(given)
                 targets.by_name(spec.target).check_arch(arch, recorded=True)
             except (NeuronJitError, ValueError, RecursionError) as error:
@@ -90,17 +90,11 @@ def to_json(spec: KernelSpec) -> dict[str, Any]:
     if _is_built_in(neurons.by_name, model):
         data["model"] = model.name
     else:
-        described = {
-            k: getattr(model, k) for k in ("name", "equations", "state", "params", "strict")
-        }
-        data["model"] = {**described, "positive": sorted(model.positive)}
+        data["model"] = model.to_dict()
     if surrogate and _is_built_in(surrogates.by_name, surrogate):
         data["surrogate"] = surrogate.name
     elif surrogate:
-        described = {
-            k: getattr(surrogate, k) for k in ("name", "derivative", "primitive", "params")
-        }
-        data["surrogate"] = {**described, "spiking": surrogate.spiking}
+        data["surrogate"] = surrogate.to_dict()
     return data
 
 
@@ -117,11 +111,11 @@ def from_json(data: Mapping[str, Any]) -> KernelSpec:
     given["model"] = _model(given["model"])
     given["surrogate"] = _surrogate(given["surrogate"])
     for field in ("target", "direction", "dtype", "reset"):
-        _expect(given[field], str, field)
+        expect(given[field], str, field)
     for field in ("spiking", "detach_reset", "prefetch"):
-        _expect(given[field], bool, field)
+        expect(given[field], bool, field)
     for field in ("per_neuron", "learned", "sequences"):
-        given[field] = tuple(_expect(given[field], list, field))
+        given[field] = tuple(expect(given[field], list, field))
     return KernelSpec(**given)
 
 
@@ -155,40 +149,10 @@ def _is_built_in(by_name: Callable[[str], Any], given: Any) -> bool:
 
 
 def _model(given: Any) -> NeuronModel:
-    if isinstance(given, str):
-        return neurons.by_name(given)
-    _expect(given, dict, "model")
-    _expect(given.get("equations"), str, "equations")
-    _expect(given.get("strict"), bool, "strict")
-    for field in ("state", "params"):
-        _expect(given.get(field), dict, field)
-    for positive in _expect(given.get("positive"), list, "positive"):
-        _expect(positive, str, "positive")
-    return _construct(NeuronModel, given)  # type: ignore[no-any-return]
+    return neurons.by_name(given) if isinstance(given, str) else NeuronModel.from_dict(given)
 
 
 def _surrogate(given: Any) -> Surrogate | None:
     if given is None:
         return None
-    if isinstance(given, str):
-        return surrogates.by_name(given).form
-    _expect(given, dict, "surrogate")
-    _expect(given.get("derivative"), str, "derivative")
-    _expect(given.get("primitive") or "", str, "primitive")
-    _expect(given.get("params"), dict, "params")
-    _expect(given.get("spiking"), bool, "spiking")
-    return _construct(Surrogate, given)  # type: ignore[no-any-return]
-
-
-def _construct(kind: Any, given: dict[str, Any]) -> Any:
-    try:
-        return kind(**given)
-    except TypeError as error:  # a field too many or too few
-        raise SpecError(f"{kind.__name__}: {error}") from None
-
-
-def _expect(value: Any, kind: type, what: str) -> Any:
-    """The value, if it is of exactly this type: True is no int here."""
-    if type(value) is not kind:
-        raise SpecError(f"{what} must be {kind.__name__}, got {type(value).__name__}")
-    return value
+    return surrogates.by_name(given).form if isinstance(given, str) else Surrogate.from_dict(given)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputTypeError, SpecError, known
+from ..models.block import RESETS
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
 from ..neurons import as_model
@@ -21,7 +22,6 @@ ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 STORAGE = {"float32": "float", "float64": "double", "float16": "half_t", "bfloat16": "bfloat16_t"}
 TARGETS = ("cuda", "cpu")
 DIRECTIONS = ("forward", "backward")
-RESETS = ("hard", "soft", "own")
 PACKAGE = Path(__file__).parent.parent
 # the folders whose code decides a rendered text and how it is compiled: whole, so that none of
 # their files can be forgotten
@@ -53,7 +53,7 @@ class KernelSpec:
 
     def __post_init__(self) -> None:
         """Raise SpecError for all that no call would use: what is shown or built ahead is used."""
-        choices = dict(target=TARGETS, direction=DIRECTIONS, dtype=STORAGE, reset=RESETS)
+        choices = dict(target=TARGETS, direction=DIRECTIONS, dtype=STORAGE, reset=(*RESETS, "own"))
         for field, allowed in choices.items():
             if (given := getattr(self, field)) not in allowed:
                 raise SpecError(f"unknown {field} {ascii(given)[:80]}. {known(allowed)}")
@@ -117,7 +117,7 @@ class KernelSpec:
             target,
             direction,
             str(dtype).removeprefix("torch."),
-            "own" if model.own_reset and reset in ("hard", "soft") else reset,
+            "own" if model.own_reset and reset in [*RESETS] else reset,
             surrogate=surrogate.form if backward or not surrogate.spiking else None,
             spiking=surrogate.spiking,
             detach_reset=bool(detach_reset) and backward,
@@ -150,9 +150,9 @@ class KernelSpec:
     def request(self) -> str:
         """Digest of all that decides the rendered text, found without rendering it."""
         described: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        model = self.model
-        parts = model._identity[:2], [*model.state], model.params.keys(), model.strict
-        described["model"] = "".join(map(repr, parts))
+        model = self.model.to_dict()
+        del model["positive"]  # of numbers, which are arguments
+        described["model"] = {**model, "state": [*model["state"]], "params": [*model["params"]]}
         described["surrogate"] = self.surrogate and repr(self.surrogate._identity)
         text = json.dumps([described, _renderer()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -162,9 +162,10 @@ class KernelSpec:
 def _renderer() -> str:
     """Digest of the code and the templates that render: when they change, so may every text."""
     digest = hashlib.sha256(metadata.version("jinja2").encode())
-    sources = [path for folder in RENDERERS for path in (PACKAGE / folder).rglob("*.py")]
-    for path in sorted([*sources, *templates().glob("*.j2")]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    folders = [(PACKAGE / folder, "*.py") for folder in RENDERERS] + [(templates(), "*.j2")]
+    for folder, pattern in folders:  # whatever folder they are installed in
+        for path in sorted(folder.rglob(pattern)):
+            digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from ..language.tree import Node, Statement, name, number
+from ..language.parse import parse_block
+from ..language.tree import Node, Statement, name
 from .model import NeuronModel
 
 
@@ -19,39 +20,54 @@ class Program:
     h: str  # the name of the charged membrane potential
 
 
+# what v is after a spike, as the block would say it; a block that assigns v says it itself: "own"
+RESETS = {
+    "hard": "v = h * (1 - s) + v_reset * s",
+    "soft": "v = h - s * theta",
+}
+_THRESHOLD = Statement("theta", name("v_threshold"), 0)
+_SPIKE = Statement("s", Node("fire", (name("h"), name("theta"))), 0)
+_CUT = {"s": Node("detach", (name("s"),))}
+
+
 @cache
 def program(model: NeuronModel, reset: str, detach_reset: bool) -> Program:
-    """Write out the spike and the reset: "hard", "soft", or "own" where the block assigns v."""
-    current: dict[str, str] = {}  # a name of the equations -> the name that holds its value now
-    count: dict[str, int] = {}  # how often a name was assigned, the entry of a state included
-    statements: list[Statement] = []
+    """The model's block with its spike and reset (a key of RESETS, or "own"), in program form."""
+    statements, last = _once(_written_out(model, reset, detach_reset), model.state)
+    return Program(tuple(statements), {z: last.get(z, z) for z in model.state}, last["h"])
 
-    def assign(target: str, expression: Node, line: int = 0) -> None:
-        count[target] = count.get(target, target in model.state) + 1
-        again = count[target] - 1
-        fresh = f"new{again if again > 1 else ''}_{target}_" if again else target
-        expression = expression.substitute({k: name(v) for k, v in current.items()})
-        statements.append(Statement(fresh, expression, line))
-        current[target] = fresh
 
-    def fire() -> None:
-        assign("s", Node("fire", (name("h"), name("theta"))))
-        s = Node("detach", (name("s"),)) if detach_reset else name("s")
-        if reset == "hard":  # v = h * (1 - s) + v_reset * s
-            kept = Node("*", (name("h"), Node("-", (number(1), s))))
-            assign("v", Node("+", (kept, Node("*", (name("v_reset"), s)))))
-        elif reset == "soft":  # v = h - s * theta
-            assign("v", Node("-", (name("h"), Node("*", (s, name("theta"))))))
+def _written_out(model: NeuronModel, reset: str, detach_reset: bool) -> list[Statement]:
+    """The block with what it leaves out: the threshold, and the spike with its reset.
 
-    if not any(s.target == "theta" for s in model.statements):
-        assign("theta", name("v_threshold"))
-    for statement in model.statements:
-        expression = statement.expression
-        if "s" in expression.names() and "s" not in current:
-            fire()
-        if statement.whole == "v" and detach_reset:
-            expression = expression.substitute({"s": Node("detach", (name("s"),))})
-        assign(statement.target, expression, statement.line)
-    if "s" not in current:
-        fire()
-    return Program(tuple(statements), {z: current.get(z, z) for z in model.state}, current["h"])
+    The neuron fires just before the first statement that reads s, or at the end.
+    """
+    block = list(model.statements)
+    if all(statement.target != "theta" for statement in block):
+        block.insert(0, _THRESHOLD)
+    fires = next((i for i, s in enumerate(block) if "s" in s.expression.names()), len(block))
+    after = parse_block(RESETS[reset], ("h", "s", "theta", "v_reset")) if reset in RESETS else ()
+    block[fires:fires] = [_SPIKE, *after]
+    if not detach_reset:
+        return block
+    return [
+        Statement(s.target, s.expression.substitute(_CUT), s.line) if s.whole == "v" else s
+        for s in block
+    ]
+
+
+def _once(
+    block: Iterable[Statement], states: Iterable[str]
+) -> tuple[list[Statement], dict[str, str]]:
+    """Static single assignment: each name assigned once; and the last name of each."""
+    last: dict[str, str] = {}
+    count = dict.fromkeys(states, 1)  # how often a name was assigned; a state, before the step
+    found = []
+    for statement in block:
+        again = count.get(statement.target, 0)
+        count[statement.target] = again + 1
+        fresh = f"new{again if again > 1 else ''}_{statement.target}_" if again else ""
+        expression = statement.expression.substitute({k: name(v) for k, v in last.items()})
+        last[statement.target] = fresh or statement.target
+        found.append(Statement(last[statement.target], expression, statement.line))
+    return found, last

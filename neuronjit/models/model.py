@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import EquationError, InputTypeError, SpecError, known
+from ..errors import EquationError, InputTypeError, SpecError, expect, expect_fields, known
 from ..immutable import Immutable, ReadOnly
 from ..language.parse import check_label, check_name, parse_block, plain
 from ..language.tree import Statement
@@ -90,30 +90,48 @@ class NeuronModel(Immutable):
         readable = {"x", "s", "theta", *state, *params}
         statements = parse_block(equations, readable)
         _check_block(name, params, statements)
-        described = dict(
-            name=name, equations=equations, state=state, params=params, strict=bool(strict)
-        )
         numbers = repr((state, params))  # as text: -0.0 is another default than 0.0
         identity = (name, equations, numbers, bool(strict), positive)
         self.__dict__.update(
-            described,
+            name=name,
+            equations=equations,
+            strict=bool(strict),
             state=ReadOnly(state, _OTHER_STATE),
             params=ReadOnly(params, _OTHER_NUMBERS),
             positive=positive,
             statements=statements,
             own_reset=any(s.target == "v" for s in statements),
-            # what a compiled graph holds of the model: a constant, readable in any other process
-            token=json.dumps(
-                {**described, "equations": plain(equations), "positive": sorted(positive)}
-            ),
             _identity=identity,
             _hash=hash(identity),
         )
+        self.__dict__["token"] = json.dumps({**self.to_dict(), "equations": plain(equations)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that makes the model, as JSON can hold it: for graphs, manifests and pickles."""
+        return {
+            "name": self.name,
+            "equations": self.equations,
+            "state": dict(self.state),
+            "params": dict(self.params),
+            "strict": self.strict,
+            "positive": sorted(self.positive),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> NeuronModel:
+        """The model that `to_dict` described. The data may be a stranger's.
+
+        Raises EquationError, InputTypeError or SpecError for anything else.
+        """
+        kinds = dict(name=str, equations=str, state=dict, params=dict, strict=bool, positive=list)
+        given = expect_fields(data, kinds, "model")
+        for name in given["positive"]:
+            expect(name, str, "positive")
+        return cls(**given)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the constructor's arguments: str hashes differ between processes."""
-        numbers = dict(self.state), dict(self.params)
-        return _unpickle, (self.name, self.equations, *numbers, self.strict, self.positive)
+        return NeuronModel.from_dict, (self.to_dict(),)
 
     def __eq__(self, other: object) -> bool:
         same = isinstance(other, NeuronModel) and self._identity == other._identity
@@ -124,14 +142,6 @@ class NeuronModel(Immutable):
 
     def __repr__(self) -> str:
         return f"NeuronModel('{self.name}', state={self.state}, params={self.params})"
-
-
-def _unpickle(
-    name: str, equations: str, state: Any, params: Any, strict: bool, positive: Any
-) -> NeuronModel:
-    return NeuronModel(
-        name, equations, state=state, params=params, strict=strict, positive=positive
-    )
 
 
 def _number(key: str, value: Any) -> float:

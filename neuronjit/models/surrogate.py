@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import InputTypeError, SpecError, known
+from ..errors import InputTypeError, SpecError, expect_fields, known
 from ..immutable import Immutable, ReadOnly
 from ..language.parse import check_label, check_name, parse_expression, plain
 from ..language.tree import Node
@@ -129,6 +129,27 @@ class Surrogate(Immutable):
         if twice := placed.keys() & params.keys():
             raise SpecError(f"surrogate '{self.name}': {sorted(twice)} given twice")
         return placed | params
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that makes the surrogate, as JSON can hold it."""
+        return {
+            "name": self.name,
+            "derivative": self.derivative,
+            "primitive": self.primitive,
+            "params": dict(self.params),
+            "spiking": self.spiking,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Surrogate:
+        """The surrogate that `to_dict` described. The data may be a stranger's.
+
+        Raises EquationError, InputTypeError or SpecError for anything else.
+        """
+        kinds = dict(name=str, derivative=str, primitive=str, params=dict, spiking=bool)
+        if isinstance(data, dict) and data.get("primitive", "") is None:
+            kinds["primitive"] = type(None)
+        return cls(**expect_fields(data, kinds, "surrogate"))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the constructor's arguments: str hashes differ between processes."""

@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from ..errors import SpecError, known
+from ..models.block import RESETS
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
 from ..neurons import as_model
@@ -75,8 +76,8 @@ class Neuron(torch.nn.Module):
                 )
             surrogate_function = surrogate
         self.surrogate_function = surrogate_function
-        if reset not in ("hard", "soft"):
-            raise SpecError(f"unknown reset {ascii(reset)[:80]}. {known(['hard', 'soft'])}")
+        if reset not in [*RESETS]:
+            raise SpecError(f"unknown reset {ascii(reset)[:80]}. {known(RESETS)}")
         if channels is not None and (type(channels) is not int or channels < 1):
             raise SpecError(f"channels must be a positive int or None, got {ascii(channels)[:80]}")
         self.reset_mode = reset

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ..errors import DifferentiationError, InputTypeError, SpecError, known
+from ..models.block import RESETS
 from ..models.model import NeuronModel
 from ..settings import warn
 from ..torch_private import is_zero_tensor, transformed
@@ -106,8 +107,8 @@ def check_names(
     model: NeuronModel, reset: Any, state: Mapping[Any, Any], params: Mapping[str, Any]
 ) -> None:
     """Raise SpecError unless the model has these states and parameters, and there is this reset."""
-    if not isinstance(reset, str) or reset not in ("hard", "soft"):
-        raise SpecError(f"unknown reset {ascii(reset)[:80]}. {known(['hard', 'soft'])}")
+    if not isinstance(reset, str) or reset not in [*RESETS]:
+        raise SpecError(f"unknown reset {ascii(reset)[:80]}. {known(RESETS)}")
     for name in params:
         if name not in model.params:
             raise SpecError(

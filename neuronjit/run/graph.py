@@ -144,7 +144,7 @@ def _read(text: str) -> _Told:
     form = Surrogate(name, _joined(derivative), smooth, dict.fromkeys(numbers, 1.0))
     model = said["model"]
     call = Call(
-        NeuronModel(**{**model, "equations": _joined(model["equations"])}),
+        NeuronModel.from_dict({**model, "equations": _joined(model["equations"])}),
         form(spiking=said["spiking"]),
         said["reset"],
         said["detach_reset"],
