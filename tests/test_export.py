@@ -19,7 +19,7 @@ from neuronjit.kernels.render import render_specs
 from neuronjit.kernels.spec import KernelSpec
 from neuronjit.kernels.targets import cpu, cuda
 
-ARCHS = ("sm_75", "sm_90")
+ARCHS = (pytest.param("sm_75", marks=pytest.mark.slow), "sm_90")  # a minute or two each
 MODELS = ("if", "lif", "lif_no_decay", "plif", "plif_no_decay", "qif", "izhikevich", "eif")
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 
