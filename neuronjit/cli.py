@@ -23,7 +23,7 @@ from .cache import admin, bundles, store
 from .cache.folders import search_path, user_dir
 from .errors import InputTypeError, NeuronJitError, SpecError
 from .kernels import ahead, build, manifest, targets
-from .kernels.spec import STORAGE, TARGETS
+from .kernels.spec import DTYPES, TARGETS
 from .models.block import RESETS
 from .settings import CacheWarning
 from .terminal import ask, complain, in_bytes, progress, say, say_json, say_lines, table
@@ -259,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--neuron", dest="neurons", **names, help="built-in neurons, e.g. lif")
     option("--surrogate", dest="surrogates", **names, help="default: atan sigmoid")
     option("--reset", dest="resets", nargs="+", choices=tuple(RESETS), help="default: hard")
-    option("--dtype", dest="dtypes", nargs="+", choices=list(STORAGE), help="default: float32")
+    option("--dtype", dest="dtypes", nargs="+", choices=list(DTYPES), help="default: float32")
     option("--detach-reset", **yes, help="detach_reset=True instead of False")
     option("--smooth", **yes, help="spiking=False instead of True")
     option("--record", **names, help="also while these are recorded (together), e.g. v h")

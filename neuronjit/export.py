@@ -14,7 +14,7 @@ from . import neurons
 from .errors import SpecError, known
 from .kernels import targets
 from .kernels.render import render_specs
-from .kernels.spec import ITEMSIZE, KernelSpec
+from .kernels.spec import DTYPES, KernelSpec
 from .models.block import RESETS
 from .models.model import NeuronModel
 from .surrogates import ATan
@@ -67,7 +67,7 @@ def render(
             model, target, each, surrogate, reset, detach_reset, dtype,
             per_neuron=per_neuron, learned=learned, sequences=names,
         )  # fmt: skip
-        counts = ITEMSIZE[spec.dtype], spec.model, len(spec.sequences)
+        counts = DTYPES[spec.dtype].tensor.itemsize, spec.model, len(spec.sequences)
         shape = targets.by_name(target).shape(each, *counts, neurons, steps, True)
         specs.append(replace(spec, **shape._asdict()))
     return render_specs(specs)

@@ -16,7 +16,7 @@ import pytest
 
 import neuronjit as nj
 from neuronjit.kernels import targets
-from neuronjit.kernels.spec import ITEMSIZE
+from neuronjit.kernels.spec import DTYPES
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -38,7 +38,7 @@ def test_the_calls_cover_all_that_can_be_asked_for() -> None:
     assert len(set(map(str, found))) == len(found), "each is named apart"
     built_in = {m.name for m in vars(nj.neurons).values() if isinstance(m, nj.NeuronModel)}
     models = {*built_in, *replay.EQUATIONS}
-    assert set(itertools.product(models, DIRECTIONS, ITEMSIZE)) <= {
+    assert set(itertools.product(models, DIRECTIONS, DTYPES)) <= {
         (c.model, c.direction, c.dtype) for c in found
     }
     surrogates = {s.name for s in vars(nj.surrogates).values() if isinstance(s, nj.Surrogate)}
@@ -77,7 +77,7 @@ def test_the_calls_have_every_shape(target: str) -> None:
     seen: dict[tuple[str, int, tuple[str, ...]], set[object]] = {}
     for case in replay.cases():
         (states,) = (names for names, models in replay.MODELS.items() if case.model in models)
-        kind = case.direction, ITEMSIZE[case.dtype], states
+        kind = case.direction, DTYPES[case.dtype].tensor.itemsize, states
         sequences = len(case.record or case.arriving)
         like = LIKE[states]
         shape = targets.by_name(target).shape(*kind[:2], like, sequences, case.N, case.T, True)
@@ -92,7 +92,7 @@ def test_fewer_calls_cover_all_models_too() -> None:
     assert len(found) == len(set(found)) == replay.QUICK
     models = set().union(*replay.MODELS.values())
     assert {(c.model, c.direction) for c in found} == set(itertools.product(models, DIRECTIONS))
-    assert {(c.dtype, c.direction) for c in found} == set(itertools.product(ITEMSIZE, DIRECTIONS))
+    assert {(c.dtype, c.direction) for c in found} == set(itertools.product(DTYPES, DIRECTIONS))
     sizes = set(itertools.product(replay.FOURS, DIRECTIONS))
     assert {((c.N, c.T), c.direction) for c in found} == sizes
 

@@ -15,7 +15,7 @@ from ..cache import store
 from ..errors import NeuronJitError, SpecError
 from ..surrogates import as_surrogate
 from . import build, targets
-from .spec import ITEMSIZE, TARGETS, KernelSpec, in_order
+from .spec import DTYPES, TARGETS, KernelSpec, in_order
 
 Job = tuple[KernelSpec, str]  # with the architecture to compile for
 
@@ -143,6 +143,6 @@ def choices(
 
 def every_shape(spec: KernelSpec, target: str) -> list[KernelSpec]:
     """The same kernel for `target`, in each shape that some size of input may ask for."""
-    size = ITEMSIZE[spec.dtype]
+    size = DTYPES[spec.dtype].tensor.itemsize
     shapes = targets.shapes(target, spec.direction, size, spec.model, len(spec.sequences))
     return [replace(spec, target=target, **shape._asdict()) for shape in shapes]

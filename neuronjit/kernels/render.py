@@ -12,7 +12,7 @@ from ..language.cpp import divided_by, exact_divisions, fast_divisions, function
 from ..language.functions import LIBRARY
 from ..language.tree import Node, Statement, name, needed, number
 from ..models.block import program
-from .spec import CUDA_BLOCK, STORAGE, KernelSpec, arguments, surrogate_arguments, templates
+from .spec import CUDA_BLOCK, DTYPES, KernelSpec, arguments, surrogate_arguments, templates
 
 # a GPU's division takes ten times as long as a product; a CPU's is hidden behind the memory
 KEEP_RECIPROCALS = ("cuda",)
@@ -53,8 +53,8 @@ def _context(spec: KernelSpec) -> dict[str, Any]:
     surrogate_params = surrogate_arguments(spec)
     return {
         "spec": spec,
-        "real": "double" if spec.dtype == "float64" else "float",
-        "storage": STORAGE[spec.dtype],
+        "real": DTYPES[spec.dtype].real,
+        "storage": DTYPES[spec.dtype].storage,
         "fields": arguments(spec),
         "states": list(spec.model.state),
         "params": list(spec.model.params),

@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import InputTypeError, SpecError, known
 from ..models.block import RESETS
 from ..models.model import NeuronModel
@@ -18,8 +20,25 @@ from ..models.surrogate import Surrogate
 from ..neurons import as_model
 from ..surrogates import as_surrogate
 
-ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
-STORAGE = {"float32": "float", "float64": "double", "float16": "half_t", "bfloat16": "bfloat16_t"}
+
+@dataclass(frozen=True)
+class Dtype:
+    """How sequences of one dtype are stored, and what their neurons are computed in."""
+
+    tensor: torch.dtype
+    storage: str  # the C++ type
+    arithmetic: torch.dtype = torch.float32
+    real: str = "float"  # the C++ type of the arithmetic
+    code: str = "f"  # its letter for `struct`
+
+
+DTYPES = {
+    "float32": Dtype(torch.float32, "float"),
+    "float16": Dtype(torch.float16, "half_t"),
+    "bfloat16": Dtype(torch.bfloat16, "bfloat16_t"),
+    "float64": Dtype(torch.float64, "double", torch.float64, "double", "d"),
+}
+NAMES = {dtype.tensor: name for name, dtype in DTYPES.items()}
 TARGETS = ("cuda", "cpu")
 DIRECTIONS = ("forward", "backward")
 PACKAGE = Path(__file__).parent.parent
@@ -53,7 +72,7 @@ class KernelSpec:
 
     def __post_init__(self) -> None:
         """Raise SpecError for all that no call would use: what is shown or built ahead is used."""
-        choices = dict(target=TARGETS, direction=DIRECTIONS, dtype=STORAGE, reset=(*RESETS, "own"))
+        choices = dict(target=TARGETS, direction=DIRECTIONS, dtype=DTYPES, reset=(*RESETS, "own"))
         for field, allowed in choices.items():
             if (given := getattr(self, field)) not in allowed:
                 raise SpecError(f"unknown {field} {ascii(given)[:80]}. {known(allowed)}")
@@ -204,8 +223,8 @@ def arguments(spec: KernelSpec) -> list[Field]:
     counts += ["long long N_"]
     reals = [f"real {n}_value_" for n in states + shared]
     reals += [f"real {p}_sg_" for p in surrogate_arguments(spec)]
-    number_code = "d" if spec.dtype == "float64" else "f"
-    text_codes = [(pointers, "Q"), (counts, "q"), (reals, number_code), (["int T_"], "i")]
+    code = DTYPES[spec.dtype].code
+    text_codes = [(pointers, "Q"), (counts, "q"), (reals, code), (["int T_"], "i")]
     declared = [(text.rpartition(" "), code) for texts, code in text_codes for text in texts]
     return [Field(ctype, name, code) for (ctype, _, name), code in declared]
 

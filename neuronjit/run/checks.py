@@ -11,23 +11,18 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from ..errors import DifferentiationError, InputTypeError, SpecError, known
+from ..kernels.spec import DTYPES, NAMES
 from ..models.block import RESETS
 from ..models.model import NeuronModel
 from ..settings import warn
 from ..torch_private import is_zero_tensor, transformed
 
-DTYPES = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float64: "float64",
-}
 MOST_STEPS = 2**31 - 1  # T is an int in kernels
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
     """The dtype of states, parameters and all arithmetic, for sequences of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return DTYPES[NAMES[dtype]].arithmetic
 
 
 def check_input(x: Any) -> None:
@@ -35,9 +30,9 @@ def check_input(x: Any) -> None:
     if not isinstance(x, Tensor):
         raise InputTypeError(f"x_seq must be a torch.Tensor, got {type(x).__name__}")
     check_class("x_seq", x)
-    if x.dtype not in DTYPES:
+    if x.dtype not in NAMES:
         raise InputTypeError(
-            f"x_seq must be floating point, one of {', '.join(DTYPES.values())}, got {x.dtype};"
+            f"x_seq must be floating point, one of {', '.join(DTYPES)}, got {x.dtype};"
             " use x_seq.float()"
         )
     _check_dense("x_seq", x)

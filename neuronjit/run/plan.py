@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ..errors import BackendError, CompileError, SpecError
 from ..kernels import build, targets
-from ..kernels.spec import TARGETS, KernelSpec, arguments
+from ..kernels.spec import NAMES, TARGETS, KernelSpec, arguments
 from ..kernels.targets.base import steps_between_checkpoints
 from ..settings import warn_once
 from ..torch_private import autograd_again, is_zero_tensor
 from . import layout, reference
 from .call import NO_STATE, Call, Output, Values
-from .checks import DTYPES, arithmetic, check_memory, label_of
+from .checks import arithmetic, check_memory, label_of
 
 Gradients = list[Tensor | None]
 
@@ -427,7 +427,7 @@ class KernelPlan:
             self.call.surrogate,
             self.call.reset,
             self.call.detach_reset,
-            DTYPES[self.dtype],
+            NAMES[self.dtype],
             per_neuron=self.per_neuron,
             learned=learned,
             sequences=sequences,

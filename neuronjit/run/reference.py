@@ -13,6 +13,7 @@ from ..language.tree import Node, small_power
 from ..models.block import program
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
+from .checks import arithmetic
 
 
 class _Spike(torch.autograd.Function):
@@ -59,7 +60,7 @@ def run(
     record: Sequence[str],
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Spikes, last states and recorded sequences. `values` has every state and parameter."""
-    real = torch.float64 if x_seq.dtype == torch.float64 else torch.float32
+    real = arithmetic(x_seq.dtype)
     steps = program(model, reset, detach_reset)
 
     def as_tensor(value: Tensor | float) -> Tensor:
