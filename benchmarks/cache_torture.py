@@ -35,7 +35,7 @@ import promises_keys  # noqa: E402
 import promises_places  # noqa: E402
 
 import neuronjit as nj  # noqa: E402
-from neuronjit.kernels import build  # noqa: E402
+from neuronjit.kernels import build, targets  # noqa: E402
 from neuronjit.kernels.spec import KernelSpec  # noqa: E402
 
 Figures = dict[str, Any]
@@ -63,7 +63,7 @@ def p2(base: Path, quick: bool) -> Figures:
     total: Figures = {}
     for target, arch in (("cpu", None), ("cuda", "sm_90")):
         try:
-            arch = arch or nj.targets.by_name(target).arch()
+            arch = arch or targets.by_name(target).arch()
             spec = KernelSpec(nj.neurons.LIF, target, "forward", "float32", "hard")
             entry = build.build(spec, arch)
         except nj.NeuronJitError as error:

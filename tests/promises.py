@@ -512,12 +512,12 @@ def p12_cap(directory, cap, writers, seconds, size=33_000):
     }
 
 
-def p15_verify(directory, entries, damaged, seed=0):
+def p15_verify(directory, count, damaged, seed=0):
     """Kernels damaged in five ways: which of them `verify` finds, and what --fix removes."""
     use(directory)
     generator = random.Random(seed)
-    paths = [put(number, directory) for number in range(entries)]
-    chosen = generator.sample(range(entries - 1), damaged)
+    paths = [put(number, directory) for number in range(count)]
+    chosen = generator.sample(range(count - 1), damaged)
     for way, number in enumerate(chosen):
         data = bytearray(paths[number].read_bytes())
         if way % 5 == 0:
@@ -527,7 +527,7 @@ def p15_verify(directory, entries, damaged, seed=0):
         elif way % 5 == 2:
             data[:] = bytes(len(data))
         elif way % 5 == 3:
-            data[:] = entries.encode(toy(entries + number))
+            data[:] = entries.encode(toy(count + number))
         else:
             data += b"\0"
         paths[number].write_bytes(data)
@@ -542,7 +542,7 @@ def p15_verify(directory, entries, damaged, seed=0):
         "damaged": len(truth),
         "found": len(truth & {finding.key for finding in found}),
         "false alarms": len({finding.key for finding in found} - truth),
-        "removed by --fix": entries - len(left),
+        "removed by --fix": count - len(left),
         "sound ones removed": len({path.name for path in paths} - truth - left),
         "seconds": round(seconds, 3),
     }

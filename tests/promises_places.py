@@ -319,7 +319,7 @@ def p13_layout(base, name):
     """Alice wants kernel 1; Mallory was there. (planted code ran, one warning names it, right)"""
     at = Layout(base)
     cache_dir = HOSTILE[name](at)
-    locks = at.env.pop("locks", None)
+    planted = at.env.pop("locks", None)
 
     def prepare():
         use(cache_dir or "unused")
@@ -328,8 +328,8 @@ def p13_layout(base, name):
             del os.environ["NEURONJIT_CACHE_DIR"]
 
     def work():
-        folders = locks.lock_folders() if locks is None else [locks]
-        with patched(locks, lock_folders=lambda: folders):
+        places = locks.lock_folders() if planted is None else [planted]
+        with patched(locks, lock_folders=lambda: places):
             loaded = store.load(key(1))
             built = get(1)
             found = store.find(cachekit.request(1), "cpu", "toy")

@@ -622,8 +622,9 @@ def test_an_entry_tells_nothing_of_who_made_it(place):
     import torch
 
     import neuronjit as nj
+    from neuronjit.kernels import targets
 
-    if nj.targets.by_name("cpu").why_unavailable():
+    if targets.by_name("cpu").why_unavailable():
         pytest.skip("needs a C++ compiler")
     model = nj.NeuronModel("stranger", "h = v + x * 0.25", state={"v": 0.0}, params={})
     nj.multistep(model, torch.ones(3, 5), surrogate=nj.surrogates.ATan())

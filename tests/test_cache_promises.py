@@ -141,7 +141,7 @@ def test_p13_nor_when_it_is_swapped_in(base):
 
 def test_p15_verify_tells_the_truth(tmp_path):
     (tmp_path / "cache").mkdir(mode=0o700)
-    figures = p15_verify(tmp_path / "cache", entries=1000, damaged=100)
+    figures = p15_verify(tmp_path / "cache", count=1000, damaged=100)
     assert figures["found"] == figures["removed by --fix"] == 100
     assert figures["false alarms"] == figures["sound ones removed"] == 0
 
