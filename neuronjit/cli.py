@@ -23,7 +23,8 @@ from .cache import admin, bundles, store
 from .cache.folders import search_path, user_dir
 from .errors import InputTypeError, NeuronJitError, SpecError
 from .kernels import ahead, build, manifest, targets
-from .kernels.spec import DTYPES, TARGETS
+from .kernels.spec import DTYPES
+from .kernels.targets import TARGETS
 from .models.block import RESETS
 from .settings import CacheWarning
 from .terminal import ask, complain, in_bytes, progress, say, say_json, say_lines, table

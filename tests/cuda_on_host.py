@@ -44,8 +44,8 @@ WORDS = {
 
 
 def header(templates):
-    """The CUDA target's names, but for the entry: that is the host's, for a loop over neurons."""
-    entry = r"#define ENTRY_\((?:.*\\\n)*.*\n"
+    """What the CUDA target has, but for `run` and the entry: the host's are a loop over neurons."""
+    entry = r"template <class M> struct Walk;(?:.*\n)*?{%- endmacro %}\n"
     host = re.search(entry, (templates / "target_cpu.h.j2").read_text())
     text = (templates / "target_cuda.h.j2").read_text()
     assert host
@@ -68,7 +68,7 @@ def main(model, dtype, *steps):
         templates = shutil.copytree(spec.templates(), Path(folder, "templates"))
         (templates / "target_cpu.h.j2").write_text(header(spec.templates()))
         spec.templates = render.templates = lambda: templates
-        render.KEEP_RECIPROCALS = ("cpu",)
+        cpu.KEEPS_RECIPROCALS = True
         cpu.shape = shape
         cpu.FLAGS = tuple("-O0" if flag == "-O3" else flag for flag in cpu.FLAGS)
         if model == "quotients":

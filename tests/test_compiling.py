@@ -505,6 +505,8 @@ def test_p20_interrupts_and_timeouts_leave_nothing(base, monkeypatch, script):
     generator = random.Random(0)
 
     def interrupted():
+        # a shell's background jobs, and what they start, ignore the signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             _compile_for_ever(1)
         except KeyboardInterrupt:
@@ -578,16 +580,14 @@ def test_p23_all_built_in_models_have_the_shapes_of_these(name):
     ):
         shape = targets.by_name(target).shape
         assert shape(direction, size, model, 1, *given) == shape(direction, size, like, 1, *given)
-    assert not common.is_large(
-        KernelSpec.of(name, "cpu", "backward", "atan", "hard", False, "float32")
-    )
+    assert not KernelSpec.of(name, "cpu", "backward", "atan", "hard", False, "float32").is_large
 
 
 def test_p23_no_built_in_surrogate_is_large():
     for surrogate in vars(nj.surrogates).values():
         if isinstance(surrogate, nj.Surrogate):
             spec = KernelSpec.of("lif", "cpu", "backward", surrogate, "hard", False, "float32")
-            assert not common.is_large(spec), surrogate
+            assert not spec.is_large, surrogate
 
 
 def test_p23_fewer_steps_of_longer_ones():
@@ -620,7 +620,7 @@ def test_p23_large_blocks_compile_and_are_right(model):
         shape = cuda.shape(direction, 4, model, int(direction == "backward"), 4096, 100, True)
         spec = replace(spec, **shape._asdict())
         assert shape == (1, 1, 1, False)
-        binary = cuda.compile(render_specs([spec]), spec.symbol, "sm_90", common.is_large(spec))
+        binary = cuda.compile(render_specs([spec]), spec.symbol, "sm_90", spec.is_large)
         assert cuda.check(binary, spec.symbol, "sm_90") == ""
 
 

@@ -14,12 +14,12 @@ import torch
 
 import neuronjit as nj
 from neuronjit.cache import store
-from neuronjit.export import SEED_SURROGATES
+from neuronjit.export import SEED_NEURONS, SEED_SURROGATES
 from neuronjit.kernels.render import render_specs
 from neuronjit.kernels.spec import KernelSpec
 from neuronjit.kernels.targets import cpu, cuda
 
-ARCHS = (pytest.param("sm_75", marks=pytest.mark.slow), "sm_90")  # a minute or two each
+ARCHS = (pytest.param("sm_75", marks=pytest.mark.slow), "sm_90")
 MODELS = ("if", "lif", "lif_no_decay", "plif", "plif_no_decay", "qif", "izhikevich", "eif")
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 
@@ -65,14 +65,36 @@ def exported(symbols_of: str, path: Path, **choices: object) -> list[str]:
 
 
 @needs_nvrtc
+@pytest.mark.parametrize("neuron", SEED_NEURONS)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_nvrtc_compiles_the_whole_default_export(arch: str, tmp_path: Path) -> None:
+def test_nvrtc_compiles_the_default_export(arch: str, neuron: str, tmp_path: Path) -> None:
+    symbols = exported("some.cu", tmp_path, neurons=[neuron])
+    binary = nvrtc((tmp_path / "some.cu").read_text(), arch)
+    for symbol in symbols:
+        assert symbol.encode() in binary
+
+
+def test_the_default_export_can_be_read(tmp_path: Path) -> None:
     symbols = exported("all.cu", tmp_path)
     # 8 variants x 2 resets x 2 dtypes forward; as many x 8 surrogates x 2 detach backward
     assert len(symbols) == 8 * 2 * 2 + 8 * 2 * 2 * 8 * 2
-    binary = nvrtc((tmp_path / "all.cu").read_text(), arch)
-    for symbol in symbols:
-        assert symbol.encode() in binary
+    text = (tmp_path / "all.cu").read_text()
+    lines = text.splitlines()
+    assert len(lines) < 45_000
+    assert [line for line in lines if len(line) > 120] == []
+    assert "[[maybe_unused]]" not in text
+    assert text.count("struct Walk {") == 1
+    assert text.count('extern "C" __global__') == len(symbols)
+
+
+def test_what_is_ours_in_a_step_ends_in_an_underscore() -> None:
+    """And nothing else does, but what a step calls: equations may use any other name."""
+    for target in ("cuda", "cpu"):
+        text = nj.render("izhikevich", target=target, learned=("tau",), per_neuron=("a",))
+        walk = text[text.index("template <class Sizes> struct Arrays") :]
+        outside = re.sub(r"  static (?:CALLED_|INLINE_)(?:.*\n)*?  }\n", "", walk)
+        words = set(re.findall(r"\b[a-z]\w*_\b", re.sub(r"//.*", "", outside)))
+        assert words == {"some_"} | {"abs_", "fma_", "finite_quotient_", "divide_"} & words
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -133,7 +155,7 @@ def test_one_file_reads_alone(tmp_path: Path) -> None:
     contents = re.findall(r"^//   (\w+)$", text, re.M)
     assert contents == symbols
     for symbol in symbols:
-        assert text.count(f"ENTRY_({symbol},") == 1
+        assert text.count(f"\n{symbol}(const Kernel::Args") == 1
     assert "#include" not in text
 
 
@@ -186,7 +208,7 @@ def test_render_is_what_a_call_compiles() -> None:
     text = nj.render(model, target="cpu", direction="forward", steps=4, neurons=64)
     out = nj.multistep(model, torch.zeros(4, 64), backend="cpu")
     assert out.spikes.shape == (4, 64)
-    symbol = re.search(r"ENTRY_\((\w+),", text)
+    symbol = re.search(r"^(\w+)\(const Kernel::Args", text, re.M)
     assert symbol
     assert any(entry.source == text for entry in map(store.load, cached_keys()) if entry)
 

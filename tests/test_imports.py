@@ -114,7 +114,8 @@ def test_imports_point_down():
     assert not wrong, "\n".join(wrong)
 
 
-NO_TEXT = {"errors", "immutable", "neurons", "surrogates"}  # their data is in a spec itself
+# data that is in a spec itself, or what decides no text
+NO_TEXT = {"errors", "immutable", "neurons", "settings", "surrogates"}
 
 
 def test_all_that_renders_is_in_the_digest():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TEMPLATES = sorted(path.name for path in (ROOT / "templates").glob("*.j2"))
+TEMPLATES = sorted(path.name for path in (ROOT / "templates").iterdir())
 TYPED = textwrap.dedent(
     """
     import neuronjit as nj

@@ -15,7 +15,8 @@ from ..cache import store
 from ..errors import NeuronJitError, SpecError
 from ..surrogates import as_surrogate
 from . import build, targets
-from .spec import DTYPES, TARGETS, KernelSpec, in_order
+from .spec import DTYPES, KernelSpec, in_order
+from .targets import TARGETS
 
 Job = tuple[KernelSpec, str]  # with the architecture to compile for
 

@@ -14,8 +14,8 @@ from ..errors import BackendError, MissingKernelError
 from ..settings import no_compile
 from . import manifest, spec, targets
 from .render import render_specs
-from .spec import TARGETS, KernelSpec
-from .targets.base import is_large
+from .spec import KernelSpec
+from .targets import TARGETS
 
 TELL_AFTER_S = 5.0  # of compiling
 _log = logging.getLogger("neuronjit")
@@ -100,7 +100,7 @@ def _obtain(spec: KernelSpec, arch: str, use: Callable[[bytes], Any]) -> tuple[s
         compiled = True
         text = render_specs([spec])
         with _told(spec.symbol):
-            binary = target.compile(text, spec.symbol, arch, is_large(spec))
+            binary = target.compile(text, spec.symbol, arch, spec.is_large)
         used[:] = [use(binary)]
         return store.Entry(key, _meta(spec, arch, fingerprint), text, binary)
 

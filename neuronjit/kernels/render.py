@@ -1,31 +1,40 @@
-"""From a spec to C++ text: the target's names once, then a template filled for each kernel."""
+"""From a spec to C++ text: the target's names once, then a template filled for each kernel.
+
+What is printed of a kernel are its sizes, its arguments and its step; templates/walk.h has the
+loops. Within a step, names that end in _ are ours, and all others the equations'.
+"""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from functools import cache, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..language.algebra import add, multiply, negate
 from ..language.calculus import derivative, split_choices
-from ..language.cpp import divided_by, exact_divisions, fast_divisions, functions, to_cpp
+from ..language.cpp import exact_divisions, fast_divisions, functions, kept_of, to_cpp
 from ..language.functions import LIBRARY
+from ..language.parse import plain
 from ..language.tree import Node, Statement, name, needed, number
-from ..models.block import program
-from .spec import CUDA_BLOCK, DTYPES, KernelSpec, arguments, surrogate_arguments, templates
+from ..models.block import RESETS, program
+from . import targets
+from .spec import DTYPES, KernelSpec, templates
 
-# a GPU's division takes ten times as long as a product; a CPU's is hidden behind the memory
-KEEP_RECIPROCALS = ("cuda",)
+WIDTH = 120  # of a rendered line
 
 
 def render_specs(specs: Sequence[KernelSpec]) -> str:
     """The source of some kernels of one target: the target's names once, then each kernel."""
-    environment = _environment()
-    header = environment.get_template(f"target_{specs[0].target}.h.j2").render(
-        block=CUDA_BLOCK, library=LIBRARY
+    environment, target = _environment(), specs[0].target
+    block = targets.by_name(target).BLOCK
+    header = environment.get_template(f"target_{target}.h.j2").make_module(
+        dict(block=block, library=LIBRARY)
     )
-    kernel = environment.get_template("multistep.cu.j2")
-    return "\n".join([header, *(_squeeze(kernel.render(_context(spec))) for spec in specs)])
+    walk = (templates() / "walk.h").read_text("ascii")
+    kernel = environment.get_template("kernel.cu.j2")
+    texts = [kernel.render(_context(spec), entry=header.entry) for spec in specs]
+    return "\n".join([f"{header}{walk}", *map(_tidy, texts)])
 
 
 @cache
@@ -42,29 +51,64 @@ def _environment() -> Any:
     )
 
 
-def _squeeze(text: str) -> str:
-    """Drop the empty lines that macros leave behind."""
-    lines = text.split("\n")
-    before = ["", *lines]
-    return "\n".join(b for a, b in zip(before, lines, strict=False) if a.strip() or b.strip())
+def _tidy(text: str) -> str:
+    """Lines of at most WIDTH characters, as far as names allow: C++ may be cut at any space."""
+    lines = []
+    for line in text.splitlines():
+        indent = " " * (len(line) - len(line.lstrip()))
+        comment = line.lstrip().startswith("//")
+        if len(line) > WIDTH and (comment or "//" not in line):
+            further = f"{indent}//     " if comment else f"{indent}    "
+            lines += textwrap.wrap(
+                line, WIDTH, subsequent_indent=further, break_long_words=False,
+                break_on_hyphens=False,
+            )  # fmt: skip
+        else:
+            lines.append(line)
+    return "\n".join([*lines, ""])
 
 
 def _context(spec: KernelSpec) -> dict[str, Any]:
-    surrogate_params = surrogate_arguments(spec)
+    dtype, backward = DTYPES[spec.dtype], spec.direction == "backward"
+    sequences = len(spec.sequences)
     return {
         "spec": spec,
-        "real": DTYPES[spec.dtype].real,
-        "storage": DTYPES[spec.dtype].storage,
-        "fields": arguments(spec),
-        "states": list(spec.model.state),
-        "params": list(spec.model.params),
-        "divisors": divisors(spec),
-        "surrogate_params": surrogate_params,
-        "smooth_params": [] if spec.spiking else surrogate_params,
+        "title": spec.symbol.replace("_", " "),
+        "equations": _equations(spec),
+        "real": dtype.real,
+        "storage": dtype.storage,
+        "sizes": {
+            "LANES": spec.lanes,
+            "K": spec.steps,
+            "LOADS": spec.loads,
+            "INPUTS": 1,
+            "SEQUENCES": 1 + sequences * backward,
+            "OUTPUTS": 1 + sequences * (not backward),
+            "STATES": len(spec.model.state),
+            "SHARED": len(spec.shared),
+            "SHARED_DIVISORS": len(spec.divisors.intersection(spec.shared)),
+            "EACH": len(spec.each),
+            "EACH_DIVISORS": len(spec.divisors.intersection(spec.each)),
+            "SURROGATE": len(spec.numbers_of_surrogate),
+            "EACH_LEARNED": len(spec.each_learned),
+            "SUMS": len(spec.summed),
+        },
         "surrogate_functions": _surrogate_functions(spec),
         "step": _step(spec),
-        **(_adjoint(spec) if spec.direction == "backward" else {}),
+        **(_adjoint(spec) if backward else {}),
     }
+
+
+def _equations(spec: KernelSpec) -> list[str]:
+    """The model as its author wrote it, and what it leaves out."""
+    model = spec.model
+    fires = f"s = h {'>' if model.strict else '>='} theta"
+    if all(statement.target != "theta" for statement in model.statements):
+        fires = f"theta = v_threshold; {fires}"
+    lines = [*plain(model.equations), f"it fires: {fires}"]
+    if spec.reset in RESETS:
+        lines.append(f"reset ({spec.reset}): {RESETS[spec.reset]}")
+    return lines
 
 
 def _surrogate_functions(spec: KernelSpec) -> list[dict[str, str]]:
@@ -80,40 +124,79 @@ def _surrogate_functions(spec: KernelSpec) -> list[dict[str, str]]:
     return [dict(name=n, body=to_cpp(t), comment=comment.format(w)) for n, t, w in functions]
 
 
-def _print_statement(spec: KernelSpec, statement: Statement) -> str:
+class _Line(NamedTuple):
+    """A line of a step: `const real s = `, and an expression."""
+
+    before: str
+    value: Node
+
+    @property
+    def declared(self) -> str | None:
+        """The name that it declares, if it declares one."""
+        return self.before.split()[2] if self.before.startswith("const real ") else None
+
+
+def _let(target: str, value: Node) -> _Line:
+    return _Line(f"const real {target} = ", value)
+
+
+def _evaluated(spec: KernelSpec, statement: Statement) -> _Line:
+    """A statement of the step, with the values that eager PyTorch gives."""
     expression = statement.expression
     if expression.op != "fire":
-        exact = exact_divisions(expression, divisors(spec))
-        return f"const real {statement.target} = {to_cpp(exact)};"
+        return _let(statement.target, exact_divisions(expression, spec.divisors))
     if spec.spiking:
-        comparison = to_cpp(Node(">" if spec.model.strict else ">=", expression.args))
-        return f"const real s = {comparison} ? real(1) : real(0);"
-    return f"const real s = {to_cpp(Node('smooth_spike', _distance(spec, *expression.args)))};"
+        fires = Node(">" if spec.model.strict else ">=", expression.args)
+        return _let("s", Node("where", (fires, number(1), number(0))))
+    return _let("s", Node("smooth_spike", _distance(spec, *expression.args)))
 
 
 def _distance(spec: KernelSpec, h: Node, theta: Node) -> tuple[Node, ...]:
     """The arguments of the surrogate's functions: u = h - theta, and its numbers."""
-    return Node("-", (h, theta)), *(name(f"sg_{p}_") for p in surrogate_arguments(spec))
+    return Node("-", (h, theta)), *(name(f"sg_{p}_") for p in spec.numbers_of_surrogate)
 
 
-@cache
-def divisors(spec: KernelSpec) -> tuple[str, ...]:
-    """Parameters that states are divided by at every step, where threads keep their reciprocals."""
-    if spec.target not in KEEP_RECIPROCALS:
-        return ()
-    statements = program(spec.model, spec.reset, spec.detach_reset).statements
-    found = set().union(*(divided_by(s.expression) for s in statements))
-    return tuple(p for p in spec.model.params if p in found)
+def _printed(spec: KernelSpec, lines: Sequence[_Line]) -> list[str]:
+    """The lines, after declarations of what they read of arguments."""
+    read = {n.partition(".")[0] for line in lines for n in line.value.names()}
+    found = []
+    for kind, sources in _sources(spec).items():
+        named = [f"{n}~=~{source}" for n, source in sources.items() if n in read]
+        # cut where one of them ends
+        cut = textwrap.wrap(f", {kind[1]}".join(named), WIDTH - 20, break_long_words=False)
+        lines_of = "\n        ".join(cut).replace("~", " ")
+        found += [f"{kind[0]} {kind[1]}{lines_of};"] if named else []
+    return [*found, *(f"{before}{to_cpp(value)};" for before, value in lines)]
+
+
+def _sources(spec: KernelSpec) -> dict[tuple[str, str], dict[str, str]]:
+    """Where a step finds what it reads, by the type as which it is declared."""
+    reals = {"x": "in_[0][l_]"}
+    reals |= {z: f"z_[{i}][l_]" for i, z in enumerate(spec.model.state)}
+    kept = {}
+    for group, lane in (("shared", ""), ("each", "[l_]")):
+        for i, p in enumerate(getattr(spec, group)):
+            reals[p] = f"p_.{group}[{i}]{lane}"
+            kept[kept_of(name(p))] = f"p_.{group}_divisor[{i}]{lane}"
+    reals |= {f"sg_{p}_": f"p_.surrogate[{i}]" for i, p in enumerate(spec.numbers_of_surrogate)}
+    some = {f"some_{z}_": f"some_[{i}]" for i, z in enumerate(spec.model.state)}
+    return {("const real", ""): reals, ("const auto", "&"): kept, ("const bool", ""): some}
 
 
 def _step(spec: KernelSpec) -> list[str]:
     lowered = program(spec.model, spec.reset, spec.detach_reset)
-    statements = needed(lowered.statements, {"s", lowered.h, *lowered.final.values()})
-    read = set().union(*(s.expression.names() for s in statements)) | set(lowered.final.values())
-    lines = [f"const real {z} = z_{z}_;" for z in spec.model.state if z in read]
-    lines += [_print_statement(spec, s) for s in statements]
-    lines += [f"z_{z}_ = {last};" for z, last in lowered.final.items() if last != z]
-    return [*lines, "s_ = s;", f"h_ = {lowered.h};"]
+    ends = [
+        _Line(f"z_[{i}][l_] = ", name(last))
+        for i, (z, last) in enumerate(lowered.final.items())
+        if last != z
+    ]
+    if spec.direction == "forward":
+        held = {**lowered.final, "h": lowered.h}
+        outputs = ("s", *(held[n] for n in spec.sequences))
+        ends += [_Line(f"out_[{i}][l_] = ", name(n)) for i, n in enumerate(outputs)]
+    wanted = set().union(*(line.value.names() for line in ends))
+    statements = needed(lowered.statements, wanted)
+    return _printed(spec, [*(_evaluated(spec, s) for s in statements), *ends])
 
 
 ALWAYS = "always"
@@ -121,6 +204,8 @@ ALWAYS = "always"
 
 def _adjoint(spec: KernelSpec) -> dict[str, Any]:
     """Reverse-mode differentiation, one statement at a time: d_<name>_ is the gradient of <name>.
+
+    It reads the gradients of the states after the step in d_.z, and leaves there those before it.
 
     A gradient exists where a path leads to it from a gradient that arrives. Where none does, it is
     0, and 0 times an infinite slope must not make a NaN of it. Sequences' gradients arrive at every
@@ -134,8 +219,8 @@ def _adjoint(spec: KernelSpec) -> dict[str, Any]:
     terms: dict[str, list[Node]] = {}
     # by which gradients one exists: ALWAYS, or those of states after the step
     exists: dict[str, set[str]] = {}
-    # each the text before an expression, the expression, and what it reads
-    lines: list[tuple[str, Node]] = []
+    lines: list[_Line] = []
+    arriving = {n: name(f"in_[{i}][l_]") for i, n in enumerate(("x", *spec.sequences))}
 
     def arrive(target: str, gradient: Node, by: set[str]) -> None:
         terms.setdefault(target, []).append(gradient)
@@ -143,7 +228,7 @@ def _adjoint(spec: KernelSpec) -> dict[str, Any]:
 
     def let(target: str, value: Node) -> Node:
         gradient = f"d{target}" if target.endswith("_") else f"d_{target}_"
-        lines.append((f"const real {gradient} = ", value))
+        lines.append(_let(gradient, value))
         return name(gradient)
 
     def guarded(part: Node, slope: Node, by: set[str]) -> Node:
@@ -153,23 +238,26 @@ def _adjoint(spec: KernelSpec) -> dict[str, Any]:
         some = [name(f"some_{z}_") for z in spec.model.state if z in by]
         return Node("only_if", (reduce(lambda a, b: Node("||", (a, b)), some), part))
 
-    for z, last in lowered.final.items():
-        lines.append((f"const real after_{z}_ = ", name(f"zd_{z}_")))
+    for i, (z, last) in enumerate(lowered.final.items()):
+        after = name(f"d_.z[{i}][l_]")
+        arrived = Node("+", (after, arriving[z])) if z in spec.sequences else after
+        lines.append(_let(f"after_{z}_", arrived))
         arrive(last, name(f"after_{z}_"), {ALWAYS if z in spec.sequences else z})
     for given, target in (("h", lowered.h), ("s", "s")):
         if given in spec.sequences:
-            arrive(target, name(f"{given}d_"), {ALWAYS})
+            lines.append(_let(f"given_{given}_", arriving[given]))
+            arrive(target, name(f"given_{given}_"), {ALWAYS})
     for statement, gate in reversed(statements):
-        arrived = terms.pop(statement.target, [])
-        if not arrived:
+        parts = terms.pop(statement.target, [])
+        if not parts:
             continue
-        total, by = add(arrived), exists.pop(statement.target)
-        if len(arrived) > 1 or total.op != "name":
+        total, by = add(parts), exists.pop(statement.target)
+        if len(parts) > 1 or total.op != "name":
             total = let(statement.target, total)
         if statement.expression.op == "fire":
             h, theta = statement.expression.args
             slope = Node("slope", _distance(spec, h, theta))
-            lines.append(("const real fired_ = ", guarded(multiply(total, slope), slope, by)))
+            lines.append(_let("fired_", guarded(multiply(total, slope), slope, by)))
             arrive(str(h.value), name("fired_"), by)
             arrive(str(theta.value), negate(name("fired_")), by)
             continue
@@ -180,37 +268,41 @@ def _adjoint(spec: KernelSpec) -> dict[str, Any]:
                 part = Node("where", (Node("==", (name(gate), number(0))), number(0), part))
             if slope != number(0):
                 arrive(read, guarded(part, slope, by), by)
-    results = [(f"zd_{z}_ = ", z) for z in spec.model.state] + [("xd_ = ", "x")]
-    for before, source in [*results, *((f"pd_{p}_ += ", p) for p in spec.learned)]:
-        lines.append((before, add(terms.get(source, []))))
+    results = {z: f"d_.z[{i}][l_] = " for i, z in enumerate(spec.model.state)}
+    results |= {"x": "out_[0][l_] = "}
+    for i, p in enumerate((*spec.each_learned, *spec.summed)):
+        results[p] = f"d_.learned[{i}][l_] += "
+    lines += [_Line(before, add(terms.get(source, []))) for source, before in results.items()]
     evaluated = set().union(*(functions(s.expression) for s, _ in statements))
     # a gradient that nothing reads (of a parameter not learned, say) is not printed
     used: set[str] = set()
-    kept: list[str] = []
-    for before, expression in reversed(lines):
-        declares = before.startswith("const real ")
-        if not declares or before.split()[2] in used:
-            kept.append(f"{before}{to_cpp(fast_divisions(expression, divisors(spec), evaluated))};")
-            used |= expression.names()
-    recomputed = needed([s for s, _ in statements], used)
-    printed = [_print_statement(spec, s) for s in recomputed] + kept[::-1]
-    return {"adjoint": printed, "exists": _existing(spec, exists)}
+    kept: list[_Line] = []
+    for line in reversed(lines):
+        if line.declared is None or line.declared in used:
+            kept.append(_Line(line.before, fast_divisions(line.value, spec.divisors, evaluated)))
+            used |= line.value.names()
+    recomputed = [_evaluated(spec, s) for s in needed([s for s, _ in statements], used)]
+    return {
+        "adjoint": _printed(spec, [*recomputed, *reversed(kept)]),
+        "exists": _existing(spec, exists),
+    }
 
 
 def _existing(spec: KernelSpec, exists: dict[str, set[str]]) -> list[str]:
     """Statements that find which gradients of states exist before a step, from those after it."""
+    at = {z: f"some_[{i}]" for i, z in enumerate(spec.model.state)}
     found, later = [], []
-    for z in spec.model.state:
+    for z, some in at.items():
         by = exists.get(z, set())
-        some = [f"some_{other}_" for other in spec.model.state if other in by]
-        value = "true" if ALWAYS in by else " || ".join(some) or "false"
-        if z in spec.sequences or value == f"some_{z}_":
+        others = [at[other] for other in at if other in by]
+        value = "true" if ALWAYS in by else " || ".join(others) or "false"
+        if z in spec.sequences or value == some:
             continue
         if value in ("true", "false"):
-            later.append(f"some_{z}_ = {value};")
+            later.append(f"{some} = {value};")
         else:
             found.append(f"const bool before_{z}_ = {value};")
-            later.append(f"some_{z}_ = before_{z}_;")
+            later.append(f"{some} = before_{z}_;")
     return found + later
 
 
@@ -223,7 +315,7 @@ def _smooth(spec: KernelSpec, statements: Sequence[Statement]) -> list[Statement
         if statement.expression.op != "fire":
             written.append(statement)
             continue
-        names = {p: name(f"sg_{p}_") for p in surrogate_arguments(spec)}
+        names = {p: name(f"sg_{p}_") for p in spec.numbers_of_surrogate}
         smooth = spec.surrogate.primitive_tree.substitute({**names, "u": name("u_")})
         distance = Node("-", statement.expression.args)
         written += [Statement("u_", distance, 0), Statement("s", smooth, 0)]

@@ -14,11 +14,15 @@ from typing import Any
 import torch
 
 from ..errors import InputTypeError, SpecError, known
-from ..models.block import RESETS
+from ..language.cpp import divided_by
+from ..models.block import RESETS, program
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
 from ..neurons import as_model
 from ..surrogates import as_surrogate
+from . import targets
+from .targets import TARGETS
+from .targets.base import MOST_TERMS, is_long, terms
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,27 @@ DTYPES = {
     "float64": Dtype(torch.float64, "double", torch.float64, "double", "d"),
 }
 NAMES = {dtype.tensor: name for name, dtype in DTYPES.items()}
-TARGETS = ("cuda", "cpu")
 DIRECTIONS = ("forward", "backward")
 PACKAGE = Path(__file__).parent.parent
 # the folders whose code decides a rendered text and how it is compiled: whole, so that none of
 # their files can be forgotten
 RENDERERS = ("language", "models", "kernels")
 MOST = 256  # steps, lanes and loads become code that many times over
-CUDA_BLOCK = 128  # threads; small, so that short rows still spread over all multiprocessors
+
+
+@dataclass(frozen=True)
+class Group:
+    """Members of a kernel's argument struct that are packed together: an array, or one member."""
+
+    ctype: str
+    name: str
+    of: tuple[str, ...] | None = None  # what its elements belong to; None: it is no array
+    code: str = "Q"  # the letter of an element for `struct.Struct`
+
+    @property
+    def count(self) -> int:
+        """How many elements it has."""
+        return 1 if self.of is None else len(self.of)
 
 
 @dataclass(frozen=True)
@@ -147,9 +164,86 @@ class KernelSpec:
         )
 
     @cached_property
+    def divisors(self) -> frozenset[str]:
+        """Parameters that states are divided by at every step, where threads keep reciprocals."""
+        if not targets.by_name(self.target).KEEPS_RECIPROCALS:
+            return frozenset()
+        statements = program(self.model, self.reset, self.detach_reset).statements
+        found = set().union(*(divided_by(s.expression) for s in statements))
+        return frozenset(found & self.model.params.keys())
+
+    @cached_property
+    def each(self) -> tuple[str, ...]:
+        """Parameters that differ between neurons; those that something is divided by first."""
+        return tuple(sorted(self.per_neuron, key=lambda p: p not in self.divisors))
+
+    @cached_property
+    def shared(self) -> tuple[str, ...]:
+        """Parameters that all neurons share; those that something is divided by first."""
+        shared = [p for p in self.model.params if p not in self.per_neuron]
+        return tuple(sorted(shared, key=lambda p: p not in self.divisors))
+
+    @cached_property
+    def each_learned(self) -> tuple[str, ...]:
+        """Learned parameters that differ between neurons: each neuron has its gradient."""
+        return tuple(p for p in self.learned if p in self.per_neuron)
+
+    @cached_property
     def summed(self) -> tuple[str, ...]:
         """Learned parameters that all neurons share: their gradients are summed, block by block."""
         return tuple(p for p in self.learned if p not in self.per_neuron)
+
+    @cached_property
+    def numbers_of_surrogate(self) -> tuple[str, ...]:
+        """The surrogate's parameters, where the kernel evaluates the surrogate at all."""
+        return tuple(self.surrogate.params) if self.surrogate else ()
+
+    @cached_property
+    def is_large(self) -> bool:
+        """Whether compilers must take less trouble with the kernel, to be done in seconds."""
+        surrogate = self.surrogate
+        trees = (surrogate.derivative_tree, surrogate.primitive_tree) if surrogate else ()
+        return is_long(self.model) or any(terms(tree) > MOST_TERMS // 8 for tree in trees if tree)
+
+    @cached_property
+    def arguments(self) -> tuple[Group, ...]:
+        """The argument struct: what is printed, and the order in which a plan packs it."""
+        states = tuple(self.model.state)
+        dtype = DTYPES[self.dtype]
+        if self.direction == "forward":
+            pointers = [
+                Group("const storage*", "in", ("x",)),
+                Group("storage*", "out", ("s", *self.sequences)),
+                Group("real*", "last", states),
+                Group("real*", "checkpoints"),
+            ]
+        else:
+            pointers = [
+                Group("const storage*", "in", ("x", *self.sequences)),
+                Group("storage*", "out", ("x",)),
+                Group("const real*", "last_grad", states),
+                Group("real*", "start_grad", states),
+                Group("const real*", "checkpoints"),
+                Group("real*", "each_grad", self.each_learned),
+                Group("real*", "partials", None if self.summed else ()),
+            ]
+        pointers += [
+            Group("const real*", "start", states),
+            Group("const real*", "each", self.each),
+            Group("const real*", "shared", self.shared),
+        ]
+        counts = [
+            Group("long long", "inner", self.each, "q"),
+            Group("long long", "count", self.each, "q"),
+            Group("long long", "N", None, "q"),
+        ]
+        numbers = [
+            Group("real", "start_value", states, dtype.code),
+            Group("real", "shared_value", self.shared, dtype.code),
+            Group("real", "surrogate", self.numbers_of_surrogate, dtype.code),
+            Group("int", "T", None, "i"),
+        ]
+        return tuple(g for g in (*pointers, *counts, *numbers) if g.of != ())
 
     @cached_property
     def symbol(self) -> str:
@@ -181,7 +275,7 @@ class KernelSpec:
 def _renderer() -> str:
     """Digest of the code and the templates that render: when they change, so may every text."""
     digest = hashlib.sha256(metadata.version("jinja2").encode())
-    folders = [(PACKAGE / folder, "*.py") for folder in RENDERERS] + [(templates(), "*.j2")]
+    folders = [(PACKAGE / folder, "*.py") for folder in RENDERERS] + [(templates(), "*.*")]
     for folder, pattern in folders:  # whatever folder they are installed in
         for path in sorted(folder.rglob(pattern)):
             digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
@@ -193,45 +287,6 @@ def templates() -> Path:
     """The templates: inside an installed package, beside it in a checkout."""
     inside = PACKAGE / "templates"
     return inside if inside.is_dir() else PACKAGE.parent / "templates"
-
-
-@dataclass(frozen=True)
-class Field:
-    """One member of a kernel's argument struct; `code` is its letter for `struct.Struct`."""
-
-    ctype: str
-    name: str
-    code: str
-
-
-def arguments(spec: KernelSpec) -> list[Field]:
-    """The argument struct in the order in which a plan packs it: pointers, counts, numbers, T."""
-    states, params = list(spec.model.state), list(spec.model.params)
-    shared = [p for p in params if p not in spec.per_neuron]
-    pointers = ["const storage* x_"]
-    if spec.direction == "forward":
-        pointers += ["storage* s_", *(f"storage* {n}_seq_" for n in spec.sequences)]
-        pointers += [f"real* {z}_last_" for z in states] + ["real* checkpoints_"]
-    else:
-        pointers += ["storage* x_grad_", *(f"const storage* {n}_dseq_" for n in spec.sequences)]
-        pointers += [f"const real* {z}_dlast_" for z in states]
-        pointers += [f"real* {z}_grad_" for z in states] + ["const real* checkpoints_"]
-        pointers += [f"real* {p}_grad_" for p in spec.learned if p in spec.per_neuron]
-    pointers += ["real* partials_"]
-    pointers += [f"const real* {n}_ptr_" for n in [*states, *params]]
-    counts = [f"long long {p}_{w}_" for p in spec.per_neuron for w in ("inner", "count")]
-    counts += ["long long N_"]
-    reals = [f"real {n}_value_" for n in states + shared]
-    reals += [f"real {p}_sg_" for p in surrogate_arguments(spec)]
-    code = DTYPES[spec.dtype].code
-    text_codes = [(pointers, "Q"), (counts, "q"), (reals, code), (["int T_"], "i")]
-    declared = [(text.rpartition(" "), code) for texts, code in text_codes for text in texts]
-    return [Field(ctype, name, code) for (ctype, _, name), code in declared]
-
-
-def surrogate_arguments(spec: KernelSpec) -> list[str]:
-    """The surrogate's parameters, where the kernel evaluates the surrogate at all."""
-    return list(spec.surrogate.params) if spec.surrogate else []
 
 
 def in_order(names: Iterable[str], allowed: Iterable[str], what: str) -> tuple[str, ...]:

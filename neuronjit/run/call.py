@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import settings
 from ..errors import InputTypeError, SpecError, known
-from ..kernels.spec import TARGETS
+from ..kernels.targets import TARGETS
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
 from ..neurons import as_model

@@ -7,7 +7,7 @@ call, and `forward` and `backward` for those who differentiate themselves.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import or_
 from typing import Any, NamedTuple
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..errors import BackendError, CompileError, SpecError
 from ..kernels import build, targets
-from ..kernels.spec import NAMES, TARGETS, KernelSpec, arguments
+from ..kernels.spec import NAMES, KernelSpec
+from ..kernels.targets import TARGETS
 from ..kernels.targets.base import steps_between_checkpoints
 from ..settings import warn_once
 from ..torch_private import autograd_again, is_zero_tensor
@@ -178,10 +179,42 @@ class EagerPlan:
         return [None if g is None else g.clone() for g in each]
 
 
-class _Launch(NamedTuple):
-    run: Any  # the kernel's launch(packed, n, T)
-    blocks: Any  # the kernel's blocks(n)
-    pack: Any  # struct.Struct(...).pack, in the order of source.arguments
+Members = Mapping[str, Mapping[str, float] | float]  # of an argument struct: group -> by name
+
+
+class _Launch:
+    """A loaded kernel, and how a call's argument is packed for it.
+
+    `fixed` are those groups of the argument that are the same in every call.
+    """
+
+    def __init__(self, spec: KernelSpec, kernel: Any, fixed: Members) -> None:
+        groups = spec.arguments
+        self.run = kernel.launch
+        self.blocks = kernel.blocks
+        self._pack = struct.Struct("@" + "".join(g.count * g.code for g in groups) + "0q").pack
+        # in the order of the groups: the names of one that each call gives; or numbers as they are
+        self._parts: list[tuple[str, tuple[str, ...] | None, list[float]]] = []
+        for group in groups:
+            if group.name not in fixed:
+                self._parts.append((group.name, group.of, []))
+                continue
+            if not self._parts or self._parts[-1][0]:
+                self._parts.append(("", None, []))
+            self._parts[-1][2].extend(_in_order(fixed[group.name], group.of))
+
+    def pack(self, members: Members) -> bytes:
+        """The kernel's argument, with `members` for the groups that are not fixed."""
+        packed: list[float] = []
+        for group, names, fixed in self._parts:
+            packed += fixed or _in_order(members[group], names)
+        return self._pack(*packed)
+
+
+def _in_order(member: Mapping[str, float] | float, names: Sequence[str] | None) -> list[float]:
+    if names is None:
+        return [member]  # type: ignore[list-item]
+    return [member[name] for name in names]  # type: ignore[index]
 
 
 class _Arriving(NamedTuple):
@@ -195,7 +228,7 @@ class KernelPlan:
 
     def __init__(self, call: Call, target: str, x: Tensor, values: Values) -> None:
         self.call, self.target = call, target
-        model, surrogate = call.model, call.surrogate
+        model = call.model
         given = {name: v for name, v in values.items() if isinstance(v, Tensor)}
         numbers = {name: v for name, v in values.items() if not isinstance(v, Tensor)}
         self.eager = EagerPlan(call, values)
@@ -212,12 +245,7 @@ class KernelPlan:
             if name in model.params and tensor.numel() != 1
         }
         self.per_neuron = tuple(p for p in self.params if p in self.repeats)
-        self.position = {name: i for i, name in enumerate((*self.states, *self.params))}
-        shared = [numbers.get(n, 0.0) for n in self.position if n not in self.repeats]
-        counts = [c for p in self.per_neuron for c in self.repeats[p][:2]]
-        smooth = [] if surrogate.spiking else surrogate.values
-        self._forward_tail = (*counts, self.n, *shared, *smooth, self.T)
-        self._backward_tail = (*counts, self.n, *shared, *surrogate.values, self.T)
+        self.numbers = {name: numbers.get(name, 0.0) for name in (*self.states, *self.params)}
         self._prepared = not any(
             t.dtype != self.real
             or t.is_neg()
@@ -236,7 +264,7 @@ class KernelPlan:
         # of the checkpoints: [count, states, n], and two more: see `graph`, which has any T
         size = torch.Size([(self.T - 1) // k * len(self.states) * self.n + 2])
         self._saved = (size, self.real, self.device, (1,)) if k < self.T else None
-        self._no_states, self._no_inputs = [0] * len(self.states), [0] * len(self.position)
+        self._nowhere = dict.fromkeys(self.states, 0)
         self._launches: dict[Any, _Launch] = {}
         self._arrivals: dict[Any, _Arriving] = {}
 
@@ -263,18 +291,26 @@ class KernelPlan:
         spikes = torch.empty_like(x)
         lasts = [self._empty_state() for _ in self.final]
         records = [torch.empty_like(x) for _ in self.call.record]
-        inputs, alive = self._inputs(tensors)
-        pointers = [x.data_ptr(), spikes.data_ptr(), *[t.data_ptr() for t in records]]
-        if 0 in pointers:
+        given, alive = self._addresses(tensors)
+        read = x.data_ptr()
+        out = {"s": spikes.data_ptr()}
+        for name, t in zip(self.call.record, records, strict=True):
+            out[name] = t.data_ptr()
+        if not read or 0 in out.values():
             check_memory(["x_seq", "the output"], [x, spikes])
-        pointers += [t.data_ptr() for t in lasts] if lasts else self._no_states
-        aligned = not reduce(or_, (*pointers, *inputs)) & 15
+        last = self._nowhere
+        if lasts:
+            last = {z: t.data_ptr() for z, t in zip(self.states, lasts, strict=True)}
+        aligned = not reduce(or_, (read, *out.values(), *last.values(), *given.values())) & 15
         launch = self._launches.get(aligned) or self._load(aligned, "forward", self.call.record, ())
         checkpoints = None
         if save and self._saved is not None:
             checkpoints = torch.empty(self._saved[0], dtype=self.real, device=self.device)
-        packed = launch.pack(*pointers, _pointer(checkpoints), 0, *inputs, *self._forward_tail)
-        launch.run(packed, self.n, self.T)
+        members: Members = {
+            "in": {"x": read}, "out": out, "last": last, "checkpoints": _pointer(checkpoints),
+            "start": given, "each": given, "shared": given,
+        }  # fmt: skip
+        launch.run(launch.pack(members), self.n, self.T)
         del alive
         return [spikes, *lasts, *records], checkpoints
 
@@ -312,23 +348,30 @@ class KernelPlan:
         for name, want in zip(self.given, wanted[1:], strict=True):
             if want and name not in summed:
                 own[name] = self._empty_state()
-        inputs, alive = self._inputs(tensors)
-        pointers = [x.data_ptr(), _pointer(x_grad), *[g.data_ptr() for g in arrived]]
-        if not pointers[0]:
+        given, alive = self._addresses(tensors)
+        read = {"x": x.data_ptr()}
+        if not read["x"]:
             check_memory(["x_seq"], [x])
-        pointers += [_pointer(g) for g in ends] if ends else self._no_states
-        pointers += [_pointer(own.get(z)) for z in self.states] if own else self._no_states
-        pointers.append(_pointer(checkpoints))
-        pointers += [own[p].data_ptr() for p in learned if p in own]
-        aligned = not reduce(or_, (*pointers, *inputs)) & 15
-        key = (aligned, sequences, learned)
+        for name, grad in zip(sequences, arrived, strict=True):
+            read[name] = grad.data_ptr()
+        out, kept = _pointer(x_grad), _pointer(checkpoints)
+        after = self._nowhere
+        if ends:
+            after = {z: _pointer(grad) for z, grad in zip(self.states, ends, strict=True)}
+        found = {**self._nowhere, **{name: grad.data_ptr() for name, grad in own.items()}}
+        pointers = *read.values(), out, *after.values(), *found.values(), kept, *given.values()
+        key = (not reduce(or_, pointers) & 15, sequences, learned)
         launch = self._launches.get(key) or self._load(key, "backward", sequences, learned)
         partials = None
         if summed:
             size = (len(summed), launch.blocks(self.n))
             partials = torch.empty(size, dtype=self.real, device=self.device)
-        packed = launch.pack(*pointers, _pointer(partials), *inputs, *self._backward_tail)
-        launch.run(packed, self.n, self.T)
+        members: Members = {
+            "in": read, "out": {"x": out}, "last_grad": after, "start_grad": found,
+            "checkpoints": kept, "each_grad": found, "partials": _pointer(partials),
+            "start": given, "each": given, "shared": given,
+        }  # fmt: skip
+        launch.run(launch.pack(members), self.n, self.T)
         del alive
         if not self.given:
             return [x_grad]
@@ -395,20 +438,20 @@ class KernelPlan:
             check_memory(["a gradient that arrives"], [grad])
         return grad
 
-    def _inputs(self, tensors: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
-        """Pointers to all states and parameters, 0 for numbers; and what must stay alive."""
+    def _addresses(self, tensors: Sequence[Tensor]) -> tuple[dict[str, int], list[Tensor]]:
+        """Where states and parameters lie, 0 for numbers; and what must live until the launch."""
         alive: list[Tensor] = []
         if not self.given:
-            return self._no_inputs, alive
-        pointers = self._no_inputs.copy()
+            return {}, alive
+        addresses = dict.fromkeys(self.numbers, 0)
         for name, tensor in zip(self.given, tensors, strict=True):
             if not tensor.data_ptr():
                 check_memory([label_of(self.call.model, name)], [tensor])
             if name in self.repeats:
                 tensor = self.repeats[name].elements(tensor.detach(), self.shape, self.strides)
                 alive.append(tensor)
-            pointers[self.position[name]] = tensor.data_ptr()
-        return pointers, alive
+            addresses[name] = tensor.data_ptr()
+        return addresses, alive
 
     def _empty_state(self) -> Tensor:
         return torch.empty_strided(self.shape, self.strides, dtype=self.real, device=self.device)
@@ -433,10 +476,24 @@ class KernelPlan:
             sequences=sequences,
             **shape._asdict(),
         )
-        codes = "".join(field.code for field in arguments(spec))
         kernel = build.load_kernel(spec, self.device.index or 0)
-        pack = struct.Struct(f"@{codes}0q").pack
-        return self._launches.setdefault(key, _Launch(kernel.launch, kernel.blocks, pack))
+        launch = _Launch(spec, kernel, self._fixed(spec))
+        return self._launches.setdefault(key, launch)
+
+    def _fixed(self, spec: KernelSpec) -> Members:
+        """What is the same in every call of the plan."""
+        fixed: dict[str, Mapping[str, float] | float] = {
+            "inner": {p: self.repeats[p].inner for p in spec.each},
+            "count": {p: self.repeats[p].period for p in spec.each},
+            "N": self.n,
+            "start_value": self.numbers,
+            "shared_value": self.numbers,
+            "surrogate": self.call.surrogate.params,
+            "T": self.T,
+        }
+        if not self.given:
+            fixed |= dict.fromkeys(("start", "shared"), dict.fromkeys(self.numbers, 0))
+        return fixed
 
 
 _CHANGED = (

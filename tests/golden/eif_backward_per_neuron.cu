@@ -1,184 +1,79 @@
+// eif backward float32 hard ATan per tau learn tau delta T seq s k4 l1 r4
+//     h = v + ( x - ( v - v_rest ) + delta_T * exp ( ( v - theta_rh ) / delta_T ) ) / tau
+//     it fires: theta = v_threshold; s = h >= theta
+//     reset (hard): v = h * (1 - s) + v_reset * s
 namespace eif_backward_float32_hard_ATan_per_tau_learn_tau_delta_T_seq_s_k4_l1_r4_ns {
-
-typedef float real;         // arithmetic, states and parameters
-typedef float storage;  // sequences: x, s and their gradients
-constexpr int LANES = 1;  // neurons handled together
-constexpr int K = 4;      // steps between two checkpoints of the state
-typedef Row<storage, LANES> Seq;
-
-struct Args {
-  const storage* x_;
-  storage* x_grad_;
-  const storage* s_dseq_;
-  const real* v_dlast_;
-  real* v_grad_;
-  const real* checkpoints_;
-  real* tau_grad_;
-  real* partials_;
-  const real* v_ptr_;
-  const real* tau_ptr_;
-  const real* delta_T_ptr_;
-  const real* theta_rh_ptr_;
-  const real* v_rest_ptr_;
-  const real* v_reset_ptr_;
-  const real* v_threshold_ptr_;
-  long long tau_inner_;
-  long long tau_count_;
-  long long N_;
-  real v_value_;
-  real delta_T_value_;
-  real theta_rh_value_;
-  real v_rest_value_;
-  real v_reset_value_;
-  real v_threshold_value_;
-  real alpha_sg_;
-  int T_;
+struct Sizes {
+  using real = float;  // arithmetic, states and parameters
+  using storage = float;  // sequences: x, s and their gradients
+  static constexpr bool FORWARD = false, AHEAD = false;
+  static constexpr int LANES = 1, K = 4, LOADS = 4, INPUTS = 1, SEQUENCES = 2, OUTPUTS = 1, STATES = 1, SHARED = 5,
+      SHARED_DIVISORS = 1, EACH = 1, EACH_DIVISORS = 1, SURROGATE = 1, EACH_LEARNED = 1, SUMS = 1;
 };
-
-// ATan: ds/du at u = h - theta
-CALLED_ real slope_([[maybe_unused]] const real u, [[maybe_unused]] const real alpha) {
-  return ratio_(real(0.5) * alpha, real(1) + pow2_(real(0.5) * real(3.141592653589793) * alpha * u));
-}
-
-// One step of one neuron: charge, fire, reset.
-INLINE_ void step_([[maybe_unused]] const real x, real& z_v_, real& s_, real& h_, [[maybe_unused]] const real tau, [[maybe_unused]] const real delta_T, [[maybe_unused]] const real theta_rh, [[maybe_unused]] const real v_rest, [[maybe_unused]] const real v_reset, [[maybe_unused]] const real v_threshold, [[maybe_unused]] const Divisor_<real>& r_tau_, [[maybe_unused]] const Divisor_<real>& r_delta_T_) {
-  const real v = z_v_;
-  const real theta = v_threshold;
-  const real h = fma_(divide_(x - (v - v_rest) + delta_T * exp_(divide_(v - theta_rh, r_delta_T_) * r_delta_T_.scale), r_tau_), r_tau_.scale, v);
-  const real s = h >= theta ? real(1) : real(0);
-  const real new_v_ = h * (real(1) - s) + v_reset * s;
-  z_v_ = new_v_;
-  s_ = s;
-  h_ = h;
-}
-
-// The step again, then its adjoint, last statement first. On entry zd_*_ are the gradients of the states after
-// the step, on return of those before it; pd_*_ add up those of learned parameters.
-INLINE_ void step_backward_([[maybe_unused]] const real x, [[maybe_unused]] const real v, real& zd_v_, [[maybe_unused]] const bool some_v_, [[maybe_unused]] const real sd_, [[maybe_unused]] const real hd_, real& xd_, real& pd_tau_, real& pd_delta_T_, [[maybe_unused]] const real tau, [[maybe_unused]] const real delta_T, [[maybe_unused]] const real theta_rh, [[maybe_unused]] const real v_rest, [[maybe_unused]] const real v_reset, [[maybe_unused]] const real v_threshold, [[maybe_unused]] const Divisor_<real>& r_tau_, [[maybe_unused]] const Divisor_<real>& r_delta_T_, [[maybe_unused]] const real sg_alpha_) {
-  const real theta = v_threshold;
-  const real h = fma_(divide_(x - (v - v_rest) + delta_T * exp_(divide_(v - theta_rh, r_delta_T_) * r_delta_T_.scale), r_tau_), r_tau_.scale, v);
-  const real s = h >= theta ? real(1) : real(0);
-  const real after_v_ = zd_v_;
-  const real d_s_ = sd_ + only_if_(some_v_, after_v_ * (-h + v_reset));
-  const real fired_ = d_s_ * slope_(h - theta, sg_alpha_);
-  const real d_h_ = after_v_ * (real(1) - s) + fired_;
-  zd_v_ = d_h_ * (real(1) + (real(-1.0) + delta_T * (exp_(divide_(v - theta_rh, r_delta_T_) * r_delta_T_.scale) * r_delta_T_.r * r_delta_T_.scale)) * r_tau_.r * r_tau_.scale);
-  xd_ = d_h_ * r_tau_.r * r_tau_.scale;
-  pd_tau_ += -(d_h_ * ((x - (v - v_rest) + delta_T * exp_(divide_(v - theta_rh, r_delta_T_) * r_delta_T_.scale)) * r_tau_.r * r_tau_.scale * r_tau_.r * r_tau_.scale));
-  pd_delta_T_ += d_h_ * ((exp_(divide_(v - theta_rh, r_delta_T_) * r_delta_T_.scale) - delta_T * (exp_(divide_(v - theta_rh, r_delta_T_) * r_delta_T_.scale) * ((v - theta_rh) * r_delta_T_.r * r_delta_T_.scale * r_delta_T_.r * r_delta_T_.scale))) * r_tau_.r * r_tau_.scale);
-}
-
-// All T steps of the neurons first_ .. first_ + LANES - 1, of which valid_ exist.
-INLINE_ void neurons_(const Args& a_, const long long first_, [[maybe_unused]] const int valid_, [[maybe_unused]] real* sums_) {
-  const long long N_ = a_.N_;
-  const int T_ = a_.T_;
-  real p_tau_[LANES];
-  FOR_LANES_ { p_tau_[l_] = a_.tau_ptr_[channel_of(first_ + (l_ < valid_ ? l_ : 0), a_.tau_inner_, a_.tau_count_)]; }
-  const real p_delta_T_ = a_.delta_T_ptr_ ? *a_.delta_T_ptr_ : a_.delta_T_value_;
-  const real p_theta_rh_ = a_.theta_rh_ptr_ ? *a_.theta_rh_ptr_ : a_.theta_rh_value_;
-  const real p_v_rest_ = a_.v_rest_ptr_ ? *a_.v_rest_ptr_ : a_.v_rest_value_;
-  const real p_v_reset_ = a_.v_reset_ptr_ ? *a_.v_reset_ptr_ : a_.v_reset_value_;
-  const real p_v_threshold_ = a_.v_threshold_ptr_ ? *a_.v_threshold_ptr_ : a_.v_threshold_value_;
-  Divisor_<real> r_tau_[LANES];
-  FOR_LANES_ { r_tau_[l_] = divisor_(p_tau_[l_]); }
-  const Divisor_<real> r_delta_T_ = divisor_(p_delta_T_);
-  real z_v_[LANES];
-  real zd_v_[LANES];  // gradient of v
-  load_state(zd_v_, a_.v_dlast_, first_, valid_, real(0));
-  bool some_v_ = a_.v_dlast_;  // a gradient arrives after the step in hand
-  real pd_tau_[LANES];
-  FOR_LANES_ { pd_tau_[l_] = real(0); }
-  real pd_delta_T_[LANES];
-  FOR_LANES_ { pd_delta_T_[l_] = real(0); }
-
-  long long t_ = T_ / K * K;
-  if (t_ < T_) {  // the last steps, where they are fewer than K
-    const int n_ = (int)(T_ - t_);
-    Seq now_x_[K], now_s_[K];
-
-    UNROLL_ for (int k_ = 0; k_ < K; ++k_) {
-      now_x_[k_] = load_row<LANES>(a_.x_ + first_ + (t_ + (k_ < n_ ? k_ : n_ - 1)) * N_, valid_);
-      now_s_[k_] = load_row<LANES>(a_.s_dseq_ + first_ + (t_ + (k_ < n_ ? k_ : n_ - 1)) * N_, valid_);
-    }
-
-    LOADS_ISSUED_
-    if (t_ > 0) {
-      const real* c_ = a_.checkpoints_ + (t_ / K - 1) * (1 * N_);
-      load_state(z_v_, c_ + 0 * N_, first_, valid_, real(0));
-    } else {
-      load_state(z_v_, a_.v_ptr_, first_, valid_, a_.v_value_);
-    }
-
-    real zin_v_[K][LANES];
-    UNROLL_ for (int k_ = 0; k_ < K; ++k_) {
-      {
-        FOR_LANES_ {
-          zin_v_[k_][l_] = z_v_[l_];
-          real spike_, charged_;
-          step_(to_real(now_x_[k_].lane[l_]), z_v_[l_], spike_, charged_, p_tau_[l_], p_delta_T_, p_theta_rh_, p_v_rest_, p_v_reset_, p_v_threshold_, r_tau_[l_], r_delta_T_);
-        }
-      }
-    }
-    UNROLL_ for (int k_ = K - 1; k_ >= 0; --k_) {
-      if (k_ < n_) {
-        Seq out_x_;
-        FOR_LANES_ {
-          real xd_;
-          step_backward_(to_real(now_x_[k_].lane[l_]), zin_v_[k_][l_], zd_v_[l_], some_v_, to_real(now_s_[k_].lane[l_]), real(0), xd_, pd_tau_[l_], pd_delta_T_[l_], p_tau_[l_], p_delta_T_, p_theta_rh_, p_v_rest_, p_v_reset_, p_v_threshold_, r_tau_[l_], r_delta_T_, a_.alpha_sg_);
-          out_x_.lane[l_] = from_real<storage>(xd_);
-        }
-        some_v_ = true;
-        if (a_.x_grad_) { store_row(a_.x_grad_ + first_ + (t_ + k_) * N_, out_x_, valid_); }
-      }
-    }
-
+struct Kernel : Arrays<Sizes> {
+  struct Args {
+    const storage* in[2];  // x, s
+    storage* out[1];  // x
+    const real* last_grad[1];  // v
+    real* start_grad[1];  // v
+    const real* checkpoints;
+    real* each_grad[1];  // tau
+    real* partials;
+    const real* start[1];  // v
+    const real* each[1];  // tau
+    const real* shared[5];  // delta_T, theta_rh, v_rest, v_reset, v_threshold
+    long long inner[1];  // tau
+    long long count[1];  // tau
+    long long N;
+    real start_value[1];  // v
+    real shared_value[5];  // delta_T, theta_rh, v_rest, v_reset, v_threshold
+    real surrogate[1];  // alpha
+    int T;
+  };
+  // ATan: ds/du at u = h - theta
+  static CALLED_ real slope_(const real u, const real alpha) {
+    return ratio_(real(0.5) * alpha, real(1) + pow2_(real(0.5) * real(3.141592653589793) * alpha * u));
   }
-  t_ -= K;
-  for (; t_ >= 0; t_ -= K) {  // without guards: what needs no later step's gradient is computed meanwhile
-    Seq now_x_[K], now_s_[K];
-
-    UNROLL_ for (int k_ = 0; k_ < K; ++k_) {
-      now_x_[k_] = load_row<LANES>(a_.x_ + first_ + (t_ + k_) * N_, valid_);
-      now_s_[k_] = load_row<LANES>(a_.s_dseq_ + first_ + (t_ + k_) * N_, valid_);
-    }
-
-    LOADS_ISSUED_
-    if (t_ > 0) {
-      const real* c_ = a_.checkpoints_ + (t_ / K - 1) * (1 * N_);
-      load_state(z_v_, c_ + 0 * N_, first_, valid_, real(0));
-    } else {
-      load_state(z_v_, a_.v_ptr_, first_, valid_, a_.v_value_);
-    }
-
-    real zin_v_[K][LANES];
-    UNROLL_ for (int k_ = 0; k_ < K; ++k_) {
-      {
-        FOR_LANES_ {
-          zin_v_[k_][l_] = z_v_[l_];
-          real spike_, charged_;
-          step_(to_real(now_x_[k_].lane[l_]), z_v_[l_], spike_, charged_, p_tau_[l_], p_delta_T_, p_theta_rh_, p_v_rest_, p_v_reset_, p_v_threshold_, r_tau_[l_], r_delta_T_);
-        }
-      }
-    }
-    UNROLL_ for (int k_ = K - 1; k_ >= 0; --k_) {
-      {
-        Seq out_x_;
-        FOR_LANES_ {
-          real xd_;
-          step_backward_(to_real(now_x_[k_].lane[l_]), zin_v_[k_][l_], zd_v_[l_], some_v_, to_real(now_s_[k_].lane[l_]), real(0), xd_, pd_tau_[l_], pd_delta_T_[l_], p_tau_[l_], p_delta_T_, p_theta_rh_, p_v_rest_, p_v_reset_, p_v_threshold_, r_tau_[l_], r_delta_T_, a_.alpha_sg_);
-          out_x_.lane[l_] = from_real<storage>(xd_);
-        }
-        some_v_ = true;
-        if (a_.x_grad_) { store_row(a_.x_grad_ + first_ + (t_ + k_) * N_, out_x_, valid_); }
-      }
-    }
-
+  // One step of one neuron: charge, fire, reset.
+  static INLINE_ void step(const Params<Kernel>& p_, const In& in_, State& z_, Out& out_, const int l_) {
+    const real x = in_[0][l_], v = z_[0][l_], delta_T = p_.shared[0], theta_rh = p_.shared[1],
+        v_rest = p_.shared[2], v_reset = p_.shared[3], v_threshold = p_.shared[4];
+    const auto &r_delta_T_ = p_.shared_divisor[0], &r_tau_ = p_.each_divisor[0][l_];
+    const real theta = v_threshold;
+    const real h = fma_(divide_(x - (v - v_rest) + delta_T * exp_(divide_(v - theta_rh, r_delta_T_) * r_delta_T_.scale),
+        r_tau_), r_tau_.scale, v);
+    const real s = (h >= theta ? real(1) : real(0));
+    const real new_v_ = h * (real(1) - s) + v_reset * s;
+    z_[0][l_] = new_v_;
   }
-  if (a_.v_grad_) { store_state(zd_v_, a_.v_grad_ + first_, valid_); }
-  store_state(pd_tau_, a_.tau_grad_ + first_, valid_);
-  FOR_LANES_ { sums_[0] += l_ < valid_ ? pd_delta_T_[l_] : real(0); }
-}
-
-ENTRY_(eif_backward_float32_hard_ATan_per_tau_learn_tau_delta_T_seq_s_k4_l1_r4, 1)
-
+  // Its adjoint, the last statement first: from the gradients of the states after the step to those before it.
+  static INLINE_ void step_back(const Params<Kernel>& p_, const Sequences& in_, const State& z_, Gradients& d_,
+                                const Some& some_, Out& out_, const int l_) {
+    const real x = in_[0][l_], v = z_[0][l_], delta_T = p_.shared[0], theta_rh = p_.shared[1],
+        v_rest = p_.shared[2], v_reset = p_.shared[3], v_threshold = p_.shared[4],
+        sg_alpha_ = p_.surrogate[0];
+    const auto &r_delta_T_ = p_.shared_divisor[0], &r_tau_ = p_.each_divisor[0][l_];
+    const bool some_v_ = some_[0];
+    const real theta = v_threshold;
+    const real h = fma_(divide_(x - (v - v_rest) + delta_T * exp_(divide_(v - theta_rh, r_delta_T_) * r_delta_T_.scale),
+        r_tau_), r_tau_.scale, v);
+    const real s = (h >= theta ? real(1) : real(0));
+    const real after_v_ = d_.z[0][l_];
+    const real given_s_ = in_[1][l_];
+    const real d_s_ = given_s_ + only_if_(some_v_, after_v_ * (-h + v_reset));
+    const real fired_ = d_s_ * slope_(h - theta, sg_alpha_);
+    const real d_h_ = after_v_ * (real(1) - s) + fired_;
+    d_.z[0][l_] = d_h_ * (real(1) + (real(-1.0) + delta_T * (exp_(divide_(v - theta_rh, r_delta_T_) * r_delta_T_.scale)
+        * r_delta_T_.r * r_delta_T_.scale)) * r_tau_.r * r_tau_.scale);
+    out_[0][l_] = d_h_ * r_tau_.r * r_tau_.scale;
+    d_.learned[0][l_] += -(d_h_ * ((x - (v - v_rest) + delta_T * exp_(divide_(v - theta_rh, r_delta_T_) *
+        r_delta_T_.scale)) * r_tau_.r * r_tau_.scale * r_tau_.r * r_tau_.scale));
+    d_.learned[1][l_] += d_h_ * ((exp_(divide_(v - theta_rh, r_delta_T_) * r_delta_T_.scale) - delta_T * (exp_(divide_(v
+        - theta_rh, r_delta_T_) * r_delta_T_.scale) * ((v - theta_rh) * r_delta_T_.r * r_delta_T_.scale * r_delta_T_.r *
+        r_delta_T_.scale))) * r_tau_.r * r_tau_.scale);
+  }
+  static INLINE_ void pass(Some& some_) { some_[0] = true; }
+};
+extern "C" __global__ void __launch_bounds__(128)
+eif_backward_float32_hard_ATan_per_tau_learn_tau_delta_T_seq_s_k4_l1_r4(const Kernel::Args a) { run<Kernel>(a); }
 }  // namespace

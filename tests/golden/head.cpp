@@ -1,13 +1,15 @@
-// The names that the kernels below use, for a host C++17 compiler: LANES neurons are one vectorised inner loop.
+// What the kernels below use, for a host C++17 compiler: LANES neurons are one vectorised inner loop.
 // No header is included: compilers take longer to read <cmath> than to compile a kernel.
-#define INLINE_ static inline __attribute__((always_inline))
+#pragma GCC diagnostic ignored "-Wunused-parameter"  // all steps have the same, whether they read them or not
+#define INLINE_ inline __attribute__((always_inline))
 #define CALLED_ INLINE_
 #define UNROLL_
+#define AS_IT_IS_
 #define LOADS_ISSUED_
 #if defined(__clang__)
-#define FOR_LANES_ _Pragma("clang loop vectorize(enable)") for (int l_ = 0; l_ < LANES; ++l_)
+#define FOR_LANES_ _Pragma("clang loop vectorize(enable)") for (int l = 0; l < LANES; ++l)
 #else
-#define FOR_LANES_ _Pragma("GCC ivdep") for (int l_ = 0; l_ < LANES; ++l_)
+#define FOR_LANES_ _Pragma("GCC ivdep") for (int l = 0; l < LANES; ++l)
 #endif
 
 typedef unsigned short uint16;
@@ -37,10 +39,10 @@ INLINE_ float to_real(half_t a) {
 }
 INLINE_ float to_real(bfloat16_t a) { return as_float((uint32)a.bits << 16); }
 template <typename S> struct Storage {
-  template <typename R> INLINE_ S from(R a) { return a; }
+  template <typename R> static INLINE_ S from(R a) { return a; }
 };
 template <> struct Storage<half_t> {  // to nearest, ties to even
-  INLINE_ half_t from(float a) {
+  static INLINE_ half_t from(float a) {
     const uint32 bits = as_bits(a), magnitude = bits & 0x7fffffffu;
     const uint32 small = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;  // the addition rounds subnormals
     const uint32 normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
@@ -50,7 +52,7 @@ template <> struct Storage<half_t> {  // to nearest, ties to even
   }
 };
 template <> struct Storage<bfloat16_t> {
-  INLINE_ bfloat16_t from(float a) {
+  static INLINE_ bfloat16_t from(float a) {
     const uint32 bits = as_bits(a);
     const uint32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     return bfloat16_t{(uint16)(a == a ? rounded : 0x7fffu)};
@@ -90,7 +92,8 @@ template <typename R, typename S, int L> INLINE_ void store_reals(S* to, const R
     for (int l = 0; l < valid; ++l) { to[l] = from_real<S>(from[l]); }
   }
 }
-template <typename R, int L> INLINE_ void load_state(R (&to)[L], const R* from, long long first, int valid, R otherwise) {
+template <typename R, int L>
+INLINE_ void load_state(R (&to)[L], const R* from, long long first, int valid, R otherwise) {
   if (!from) {  // a branch: a masked load of no address traps inside the CPU, at a hundred times its cost
     for (int l = 0; l < L; ++l) { to[l] = otherwise; }
   } else if (valid == L) {
@@ -117,20 +120,22 @@ INLINE_ double only_if_(bool condition, double a) {
 INLINE_ long long channel_of(long long n, long long inner, long long count) { return n / inner % count; }
 
 #if defined(_OPENMP)
-#define OMP_FOR_ _Pragma("omp parallel for schedule(static) num_threads(threads_) if (threads_ > 1)")
+#define OMP_FOR_ _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")
 #else
 #define OMP_FOR_
 #endif
-#define ENTRY_(symbol, SUMS)                                                                                 \
-  extern "C" void symbol(const Args* a_, [[maybe_unused]] int threads_) {                                   \
-    const long long blocks_ = (a_->N_ + LANES - 1) / LANES;                                                 \
-    OMP_FOR_ for (long long b_ = 0; b_ < blocks_; ++b_) {                                                    \
-      const long long left_ = a_->N_ - b_ * LANES;                                                          \
-      real sums_[SUMS + 1] = {};                                                                            \
-      neurons_(*a_, b_ * LANES, left_ < LANES ? (int)left_ : LANES, sums_);                                 \
-      for (int i_ = 0; i_ < SUMS; ++i_) { a_->partials_[i_ * blocks_ + b_] = sums_[i_]; }                   \
-    }                                                                                                       \
+template <class M> struct Walk;
+template <class M> INLINE_ void run(const typename M::Args& a, int threads) {
+  const long long blocks = (a.N + M::LANES - 1) / M::LANES;
+  OMP_FOR_ for (long long b = 0; b < blocks; ++b) {
+    const long long left = a.N - b * M::LANES;
+    typename M::real sums[M::SUMS + 1] = {};
+    Walk<M>(a, b * M::LANES, left < M::LANES ? (int)left : M::LANES).run(sums);
+    if constexpr (M::SUMS > 0) {
+      for (int i = 0; i < M::SUMS; ++i) { a.partials[i * blocks + b] = sums[i]; }
+    }
   }
+}
 
 INLINE_ float log_(float a) { return __builtin_logf(a); }
 INLINE_ float sqrt_(float a) { return __builtin_sqrtf(a); }
@@ -182,24 +187,24 @@ INLINE_ float exp_(float a) {
 }
 // What a thread keeps of a divisor b. Where b or 1 / b is no normal number, or close to being none, b is scaled by a
 // power of two and so is the quotient; everywhere else the scale is 1.
-template <typename R> struct Divisor_ {
+template <typename R> struct Divisor {
   R scaled;   // b * scale; 0 if that is infinite: the remainder of a quotient of 0 is then no NaN
   R r;        // 1 / (b * scale)
   R scale;
   R inverse;  // 1 / b, for gradients; finite unless b is 0: no gradient must stay none
 };
-template <typename R> INLINE_ Divisor_<R> divisor_(R b, R large, R greatest) {
+template <typename R> INLINE_ Divisor<R> divisor(R b, R large, R greatest) {
   const R size = abs_(b), scale = size < R(1) / large ? large : (size > large ? R(1) / large : R(1));
   const R scaled = b * scale, r = R(1) / scaled, inverse = r * scale;
   const bool over = size > R(0) && abs_(inverse) > greatest;
   return {scaled - scaled == R(0) ? scaled : R(0), r, scale, over ? (b < R(0) ? -greatest : greatest) : inverse};
 }
-INLINE_ Divisor_<float> divisor_(float b) { return divisor_(b, 0x1p100f, 0x1.fffffep127f); }
-INLINE_ Divisor_<double> divisor_(double b) { return divisor_(b, 0x1p900, 0x1.fffffffffffffp1023); }
+INLINE_ Divisor<float> divisor(float b) { return divisor(b, 0x1p100f, 0x1.fffffep127f); }
+INLINE_ Divisor<double> divisor(double b) { return divisor(b, 0x1p900, 0x1.fffffffffffffp1023); }
 // a / (b * scale), correctly rounded (Markstein 1990, IBM J. Res. Dev. 34(1)): the remainder of the first guess is
 // exact. An infinite guess stays, where the remainder would be NaN. The fma is meant; it is no contraction. Quotients
 // next to the smallest normal number and to the greatest may lose their last bit.
-template <typename R> INLINE_ R divide_(R a, const Divisor_<R>& d) {
+template <typename R> INLINE_ R divide_(R a, const Divisor<R>& d) {
   const R q = a * d.r;
   const R refined = fma_(d.r, fma_(-q, d.scaled, a), q);
   return finite_quotient_(q, a, d.scaled) ? refined : q;
@@ -210,4 +215,280 @@ template <typename R> INLINE_ R sigmoid_(R a) { return R(1) / (R(1) + exp_(-a));
 template <typename R> INLINE_ R sign_(R a) { return a > R(0) ? R(1) : (a < R(0) ? R(-1) : R(0)); }
 template <typename R> INLINE_ R minimum_(R a, R b) { return a < b || a != a ? a : b; }  // a NaN wins, as in torch
 template <typename R> INLINE_ R maximum_(R a, R b) { return a > b || a != a ? a : b; }
+// How a kernel walks T steps of N neurons, whatever its equations. LANES neurons next to each other are handled
+// together, by one CUDA thread or by one vectorised stretch of a host loop; K steps lie between two checkpoints of the
+// states. A kernel M says how much there is of everything (its Size), what one step does (step, step_back) and which
+// gradients of states there are before it (pass).
+
+// What a step works on: arrays of LANES neurons, `Sizes` says of how many things.
+template <class Sizes> struct Arrays : Sizes {
+  using real = typename Sizes::real;
+  static constexpr int LANES = Sizes::LANES;
+  using State = real[Sizes::STATES][LANES];
+  using Some = bool[Sizes::STATES];            // whether there is a gradient of a state
+  using In = real[Sizes::INPUTS][LANES];       // of the sequences that a step reads
+  using Sequences = real[Sizes::SEQUENCES][LANES];  // these, and the gradients that arrive
+  using Out = real[Sizes::OUTPUTS][LANES];
+  struct Gradients {
+    State z;  // of the states after the step in hand
+    real learned[Sizes::EACH_LEARNED + Sizes::SUMS + 1][LANES];
+  };
+};
+
+// The parameters of LANES neurons: those that all neurons share, and each neuron's own.
+template <class M> struct Params {
+  using real = typename M::real;
+  real shared[M::SHARED + 1];
+  static constexpr int LANES = M::LANES;
+  real each[M::EACH + 1][LANES];
+  Divisor<real> shared_divisor[M::SHARED_DIVISORS + 1];  // of the first so many of the parameters
+  Divisor<real> each_divisor[M::EACH_DIVISORS + 1][LANES];
+  real surrogate[M::SURROGATE + 1];
+
+  INLINE_ Params(const typename M::Args& a, const long long first, const int valid) {
+    if constexpr (M::SHARED > 0) {
+      UNROLL_ for (int i = 0; i < M::SHARED; ++i) { shared[i] = a.shared[i] ? *a.shared[i] : a.shared_value[i]; }
+      UNROLL_ for (int i = 0; i < M::SHARED_DIVISORS; ++i) { shared_divisor[i] = divisor(shared[i]); }
+    }
+    if constexpr (M::EACH > 0) {
+      UNROLL_ for (int i = 0; i < M::EACH; ++i) {
+        FOR_LANES_ { each[i][l] = a.each[i][channel_of(first + (l < valid ? l : 0), a.inner[i], a.count[i])]; }
+      }
+      UNROLL_ for (int i = 0; i < M::EACH_DIVISORS; ++i) { FOR_LANES_ { each_divisor[i][l] = divisor(each[i][l]); } }
+    }
+    if constexpr (M::SURROGATE > 0) {
+      UNROLL_ for (int i = 0; i < M::SURROGATE; ++i) { surrogate[i] = a.surrogate[i]; }
+    }
+  }
+};
+
+// Rows of all sequences that are read, of COUNT steps: on their way together, so that one waits for all.
+template <class M, int COUNT, bool TOGETHER> struct Inputs {
+  static constexpr int LANES = M::LANES;
+  Row<typename M::storage, LANES> rows[M::SEQUENCES][COUNT];
+
+  // of n steps; past the last of them, the last again: a branch would keep loads from going together
+  template <bool ALL> INLINE_ void load(const typename M::Args& a, const long long at, const int valid, const int n) {
+    UNROLL_ for (int k = 0; k < COUNT; ++k) {
+      UNROLL_ for (int i = 0; i < M::SEQUENCES; ++i) {
+        rows[i][k] = load_row<LANES>(a.in[i] + at + (ALL || k < n ? k : n - 1) * a.N, valid);
+      }
+    }
+  }
+  // the first ones of step k's
+  template <int SOME> INLINE_ void get(typename M::real (&to)[SOME][LANES], const int k) const {
+    UNROLL_ for (int i = 0; i < SOME; ++i) {
+      UNROLL_ for (int l = 0; l < LANES; ++l) { to[i][l] = to_real(rows[i][k].lane[l]); }
+    }
+  }
+};
+
+// Each loaded when it is used, by a loop of its own: compilers vectorise narrow and wide numbers apart, not mixed.
+template <class M, int COUNT> struct Inputs<M, COUNT, false> {
+  const typename M::Args* from;
+  long long first_row;
+  int existing;
+
+  template <bool ALL> INLINE_ void load(const typename M::Args& a, const long long at, const int valid, int) {
+    from = &a;
+    first_row = at;
+    existing = valid;
+  }
+  template <int SOME> INLINE_ void get(typename M::real (&to)[SOME][M::LANES], const int k) const {
+    UNROLL_ for (int i = 0; i < SOME; ++i) { load_reals(to[i], from->in[i] + first_row + k * from->N, existing); }
+  }
+};
+
+template <class M> struct Walk {
+  using real = typename M::real;
+  using Args = typename M::Args;
+  using State = typename M::State;
+  using Some = typename M::Some;
+  using Gradients = typename M::Gradients;
+  static constexpr int LANES = M::LANES, STATES = M::STATES, K = M::K, LOADS = M::LOADS;
+  static constexpr bool TOGETHER = LOADS > 1;
+
+  const Args& a;
+  const long long N;
+  const int T;
+  const long long first;  // the neurons first .. first + LANES - 1, of which
+  const int valid;        // so many exist
+  const Params<M> p;
+
+  INLINE_ Walk(const Args& args, const long long first_neuron, const int existing)
+      : a(args), N(args.N), T(args.T), first(first_neuron), valid(existing), p(args, first_neuron, existing) {}
+
+  INLINE_ void run(real* sums) const {
+    if constexpr (M::FORWARD) {
+      forward();
+    } else {
+      backward(sums);
+    }
+  }
+
+  INLINE_ long long row(const long long t) const { return first + t * N; }
+
+  // of the states after t steps
+  INLINE_ long long checkpoint(const long long t) const { return (t / K - 1) * (STATES * N); }
+
+  // the states before step t: those of the checkpoint there, or the first
+  INLINE_ void load_states(State& z, const long long t) const {
+    if (t > 0) {
+      const real* from = a.checkpoints + checkpoint(t);
+      UNROLL_ for (int i = 0; i < STATES; ++i) { load_state(z[i], from + i * N, first, valid, real(0)); }
+    } else {
+      UNROLL_ for (int i = 0; i < STATES; ++i) { load_state(z[i], a.start[i], first, valid, a.start_value[i]); }
+    }
+  }
+
+  // --- forward ---
+
+  INLINE_ void forward() const {
+    State z;
+    load_states(z, 0);
+    Inputs<M, LOADS, TOGETHER> now, ahead;
+    long long t = 0;
+    if constexpr (M::AHEAD) {
+      if (LOADS <= T) { ahead.template load<true>(a, row(0), valid, LOADS); }
+      for (int k = LOADS; k < 2 * LOADS && k < T; ++k) { fetch(a.in[0] + row(k)); }
+    }
+    // without guards: they would keep loads from being on their way together
+    AS_IT_IS_ for (; t + LOADS <= T; t += LOADS) {
+      if constexpr (M::AHEAD) {
+        now = ahead;
+        if (t + 2 * LOADS <= T) { ahead.template load<true>(a, row(t + LOADS), valid, LOADS); }
+        if (t + 3 * LOADS <= T) {
+          UNROLL_ for (int k = 0; k < LOADS; ++k) { fetch(a.in[0] + row(t + 2 * LOADS + k)); }
+        }
+      } else {
+        now.template load<true>(a, row(t), valid, LOADS);
+      }
+      advance<true>(z, now, t, LOADS);
+    }
+    if constexpr (TOGETHER) {
+      if (t < T) {
+        const int n = (int)(T - t);
+        now.template load<false>(a, row(t), valid, n);
+        advance<false>(z, now, t, n);
+      }
+    }
+    UNROLL_ for (int i = 0; i < STATES; ++i) {
+      if (a.last[i]) { store_state(z[i], a.last[i] + first, valid); }
+    }
+  }
+
+  template <bool ALL, class Rows>
+  INLINE_ void advance(State& z, const Rows& now, const long long t, const int n) const {
+    LOADS_ISSUED_
+    if (a.checkpoints && t > 0 && t % K == 0) {
+      real* to = a.checkpoints + checkpoint(t) + first;
+      UNROLL_ for (int i = 0; i < STATES; ++i) { store_state(z[i], to + i * N, valid); }
+    }
+    UNROLL_ for (int k = 0; k < LOADS; ++k) {
+      if (ALL || k < n) {
+        typename M::In in;
+        typename M::Out out;
+        now.get(in, k);
+        FOR_LANES_ { M::step(p, in, z, out, l); }
+        UNROLL_ for (int i = 0; i < M::OUTPUTS; ++i) { store_reals(a.out[i] + row(t + k), out[i], valid); }
+      }
+    }
+  }
+
+  // --- backward: the states of K steps again from a checkpoint, then the steps' adjoints, the last first ---
+
+  INLINE_ void backward(real* sums) const {
+    Gradients d;
+    Some some;  // after the step in hand
+    UNROLL_ for (int i = 0; i < STATES; ++i) {
+      load_state(d.z[i], a.last_grad[i], first, valid, real(0));
+      some[i] = a.last_grad[i];
+    }
+    UNROLL_ for (int i = 0; i < M::EACH_LEARNED + M::SUMS; ++i) { FOR_LANES_ { d.learned[i][l] = real(0); } }
+    go_back(d, some);
+    UNROLL_ for (int i = 0; i < STATES; ++i) {
+      if (a.start_grad[i]) { store_state(d.z[i], a.start_grad[i] + first, valid); }
+    }
+    if constexpr (M::EACH_LEARNED > 0) {
+      UNROLL_ for (int i = 0; i < M::EACH_LEARNED; ++i) { store_state(d.learned[i], a.each_grad[i] + first, valid); }
+    }
+    UNROLL_ for (int i = 0; i < M::SUMS; ++i) {
+      FOR_LANES_ { sums[i] += l < valid ? d.learned[M::EACH_LEARNED + i][l] : real(0); }
+    }
+  }
+
+  INLINE_ void go_back(Gradients& d, Some& some) const {
+    State z, z_ahead;
+    Inputs<M, K, TOGETHER> now, ahead;
+    if constexpr (!TOGETHER || LANES > 2) {  // a guard around each step: many lanes have no registers to compute ahead
+      AS_IT_IS_ for (long long t = (T - 1) / K * K; t >= 0; t -= K) {
+        const int n = T - t < K ? (int)(T - t) : K;  // only the last steps are fewer than K
+        now.template load<false>(a, row(t), valid, n);
+        LOADS_ISSUED_
+        load_states(z, t);
+        again_and_back<false>(z, d, some, now, t, n);
+      }
+    } else {
+      long long t = T / K * K;
+      if (t < T) {  // the last steps, where they are fewer than K
+        const int n = (int)(T - t);
+        now.template load<false>(a, row(t), valid, n);
+        LOADS_ISSUED_
+        load_states(z, t);
+        again_and_back<false>(z, d, some, now, t, n);
+      }
+      t -= K;
+      if constexpr (M::AHEAD) {
+        if (t >= 0) {
+          ahead.template load<true>(a, row(t), valid, K);
+          load_states(z_ahead, t);
+        }
+      }
+      AS_IT_IS_ for (; t >= 0; t -= K) {  // without guards: what needs no later step's gradient is computed meanwhile
+        if constexpr (M::AHEAD) {
+          now = ahead;
+          UNROLL_ for (int i = 0; i < STATES; ++i) { FOR_LANES_ { z[i][l] = z_ahead[i][l]; } }
+          if (t > 0) {
+            ahead.template load<true>(a, row(t - K), valid, K);
+            load_states(z_ahead, t - K);
+          }
+          LOADS_ISSUED_
+        } else {
+          now.template load<true>(a, row(t), valid, K);
+          LOADS_ISSUED_
+          load_states(z, t);
+        }
+        again_and_back<true>(z, d, some, now, t, K);
+      }
+    }
+  }
+
+  template <bool ALL, class Rows>
+  INLINE_ void again_and_back(
+      State& z, Gradients& d, Some& some, const Rows& now, const long long t, const int n) const {
+    State before[K];
+    UNROLL_ for (int k = 0; k < K; ++k) {
+      if (ALL || TOGETHER || k < n) {
+        typename M::In in;
+        typename M::Out none;
+        now.get(in, k);
+        FOR_LANES_ {
+          UNROLL_ for (int i = 0; i < STATES; ++i) { before[k][i][l] = z[i][l]; }
+          M::step(p, in, z, none, l);
+        }
+      }
+    }
+    UNROLL_ for (int k = K - 1; k >= 0; --k) {
+      if (ALL || k < n) {
+        typename M::Sequences in;
+        typename M::Out out;
+        now.get(in, k);
+        FOR_LANES_ { M::step_back(p, in, before[k], d, some, out, l); }
+        M::pass(some);
+        if (a.out[0]) { store_reals(a.out[0] + row(t + k), out[0], valid); }
+      }
+    }
+  }
+};
+
 

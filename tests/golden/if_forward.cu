@@ -1,104 +1,39 @@
+// if forward float32 hard k4 l1 r4
+//     h = v + x
+//     it fires: theta = v_threshold; s = h >= theta
+//     reset (hard): v = h * (1 - s) + v_reset * s
 namespace if_forward_float32_hard_k4_l1_r4_ns {
-
-typedef float real;         // arithmetic, states and parameters
-typedef float storage;  // sequences: x, s and their gradients
-constexpr int LANES = 1;  // neurons handled together
-constexpr int K = 4;      // steps between two checkpoints of the state
-constexpr int LOADS = 4;  // rows of x on their way before the first is used
-typedef Row<storage, LANES> Seq;
-
-struct Args {
-  const storage* x_;
-  storage* s_;
-  real* v_last_;
-  real* checkpoints_;
-  real* partials_;
-  const real* v_ptr_;
-  const real* v_threshold_ptr_;
-  const real* v_reset_ptr_;
-  long long N_;
-  real v_value_;
-  real v_threshold_value_;
-  real v_reset_value_;
-  int T_;
+struct Sizes {
+  using real = float;  // arithmetic, states and parameters
+  using storage = float;  // sequences: x, s and their gradients
+  static constexpr bool FORWARD = true, AHEAD = false;
+  static constexpr int LANES = 1, K = 4, LOADS = 4, INPUTS = 1, SEQUENCES = 1, OUTPUTS = 1, STATES = 1, SHARED = 2,
+      SHARED_DIVISORS = 0, EACH = 0, EACH_DIVISORS = 0, SURROGATE = 0, EACH_LEARNED = 0, SUMS = 0;
 };
-
-// One step of one neuron: charge, fire, reset.
-INLINE_ void step_([[maybe_unused]] const real x, real& z_v_, real& s_, real& h_, [[maybe_unused]] const real v_threshold, [[maybe_unused]] const real v_reset) {
-  const real v = z_v_;
-  const real theta = v_threshold;
-  const real h = v + x;
-  const real s = h >= theta ? real(1) : real(0);
-  const real new_v_ = h * (real(1) - s) + v_reset * s;
-  z_v_ = new_v_;
-  s_ = s;
-  h_ = h;
-}
-
-// All T steps of the neurons first_ .. first_ + LANES - 1, of which valid_ exist.
-INLINE_ void neurons_(const Args& a_, const long long first_, [[maybe_unused]] const int valid_, [[maybe_unused]] real* sums_) {
-  const long long N_ = a_.N_;
-  const int T_ = a_.T_;
-  const real p_v_threshold_ = a_.v_threshold_ptr_ ? *a_.v_threshold_ptr_ : a_.v_threshold_value_;
-  const real p_v_reset_ = a_.v_reset_ptr_ ? *a_.v_reset_ptr_ : a_.v_reset_value_;
-  real z_v_[LANES];
-  load_state(z_v_, a_.v_ptr_, first_, valid_, a_.v_value_);
-
-  long long t_ = 0;
-  for (; t_ + LOADS <= T_; t_ += LOADS) {  // without guards: they would keep loads from being on their way together
-    Seq now_x_[LOADS];
-    UNROLL_ for (int k_ = 0; k_ < LOADS; ++k_) {
-      now_x_[k_] = load_row<LANES>(a_.x_ + first_ + (t_ + k_) * N_, valid_);
-    }
-
-    LOADS_ISSUED_
-    if (a_.checkpoints_ && t_ > 0 && t_ % K == 0) {
-      real* c_ = a_.checkpoints_ + (t_ / K - 1) * (1 * N_) + first_;
-      store_state(z_v_, c_ + 0 * N_, valid_);
-    }
-    UNROLL_ for (int k_ = 0; k_ < LOADS; ++k_) {
-      {
-        Seq out_s_;
-        FOR_LANES_ {
-          real spike_, charged_;
-          step_(to_real(now_x_[k_].lane[l_]), z_v_[l_], spike_, charged_, p_v_threshold_, p_v_reset_);
-          out_s_.lane[l_] = from_real<storage>(spike_);
-        }
-        const long long row_ = first_ + (t_ + k_) * N_;
-        store_row(a_.s_ + row_, out_s_, valid_);
-      }
-    }
-
+struct Kernel : Arrays<Sizes> {
+  struct Args {
+    const storage* in[1];  // x
+    storage* out[1];  // s
+    real* last[1];  // v
+    real* checkpoints;
+    const real* start[1];  // v
+    const real* shared[2];  // v_threshold, v_reset
+    long long N;
+    real start_value[1];  // v
+    real shared_value[2];  // v_threshold, v_reset
+    int T;
+  };
+  // One step of one neuron: charge, fire, reset.
+  static INLINE_ void step(const Params<Kernel>& p_, const In& in_, State& z_, Out& out_, const int l_) {
+    const real x = in_[0][l_], v = z_[0][l_], v_threshold = p_.shared[0], v_reset = p_.shared[1];
+    const real theta = v_threshold;
+    const real h = v + x;
+    const real s = (h >= theta ? real(1) : real(0));
+    const real new_v_ = h * (real(1) - s) + v_reset * s;
+    z_[0][l_] = new_v_;
+    out_[0][l_] = s;
   }
-  if (t_ < T_) {
-    const int n_ = (int)(T_ - t_);
-    Seq now_x_[LOADS];
-    UNROLL_ for (int k_ = 0; k_ < LOADS; ++k_) {
-      now_x_[k_] = load_row<LANES>(a_.x_ + first_ + (t_ + (k_ < n_ ? k_ : n_ - 1)) * N_, valid_);
-    }
-
-    LOADS_ISSUED_
-    if (a_.checkpoints_ && t_ > 0 && t_ % K == 0) {
-      real* c_ = a_.checkpoints_ + (t_ / K - 1) * (1 * N_) + first_;
-      store_state(z_v_, c_ + 0 * N_, valid_);
-    }
-    UNROLL_ for (int k_ = 0; k_ < LOADS; ++k_) {
-      if (k_ < n_) {
-        Seq out_s_;
-        FOR_LANES_ {
-          real spike_, charged_;
-          step_(to_real(now_x_[k_].lane[l_]), z_v_[l_], spike_, charged_, p_v_threshold_, p_v_reset_);
-          out_s_.lane[l_] = from_real<storage>(spike_);
-        }
-        const long long row_ = first_ + (t_ + k_) * N_;
-        store_row(a_.s_ + row_, out_s_, valid_);
-      }
-    }
-
-  }
-  if (a_.v_last_) { store_state(z_v_, a_.v_last_ + first_, valid_); }
-}
-
-ENTRY_(if_forward_float32_hard_k4_l1_r4, 0)
-
+};
+extern "C" __global__ void __launch_bounds__(128)
+if_forward_float32_hard_k4_l1_r4(const Kernel::Args a) { run<Kernel>(a); }
 }  // namespace

@@ -1,79 +1,40 @@
+// lif forward float32 hard k4 l64 r1
+//     h = v + ( x - ( v - v_reset ) ) / tau
+//     it fires: theta = v_threshold; s = h >= theta
+//     reset (hard): v = h * (1 - s) + v_reset * s
 namespace lif_forward_float32_hard_k4_l64_r1_ns {
-
-typedef float real;         // arithmetic, states and parameters
-typedef float storage;  // sequences: x, s and their gradients
-constexpr int LANES = 64;  // neurons handled together
-constexpr int K = 4;      // steps between two checkpoints of the state
-constexpr int LOADS = 1;  // rows of x on their way before the first is used
-typedef Row<storage, LANES> Seq;
-
-struct Args {
-  const storage* x_;
-  storage* s_;
-  real* v_last_;
-  real* checkpoints_;
-  real* partials_;
-  const real* v_ptr_;
-  const real* tau_ptr_;
-  const real* v_threshold_ptr_;
-  const real* v_reset_ptr_;
-  long long N_;
-  real v_value_;
-  real tau_value_;
-  real v_threshold_value_;
-  real v_reset_value_;
-  int T_;
+struct Sizes {
+  using real = float;  // arithmetic, states and parameters
+  using storage = float;  // sequences: x, s and their gradients
+  static constexpr bool FORWARD = true, AHEAD = false;
+  static constexpr int LANES = 64, K = 4, LOADS = 1, INPUTS = 1, SEQUENCES = 1, OUTPUTS = 1, STATES = 1, SHARED = 3,
+      SHARED_DIVISORS = 0, EACH = 0, EACH_DIVISORS = 0, SURROGATE = 0, EACH_LEARNED = 0, SUMS = 0;
 };
-
-// One step of one neuron: charge, fire, reset.
-INLINE_ void step_([[maybe_unused]] const real x, real& z_v_, real& s_, real& h_, [[maybe_unused]] const real tau, [[maybe_unused]] const real v_threshold, [[maybe_unused]] const real v_reset) {
-  const real v = z_v_;
-  const real theta = v_threshold;
-  const real h = v + (x - (v - v_reset)) / tau;
-  const real s = h >= theta ? real(1) : real(0);
-  const real new_v_ = h * (real(1) - s) + v_reset * s;
-  z_v_ = new_v_;
-  s_ = s;
-  h_ = h;
-}
-
-// All T steps of the neurons first_ .. first_ + LANES - 1, of which valid_ exist.
-INLINE_ void neurons_(const Args& a_, const long long first_, [[maybe_unused]] const int valid_, [[maybe_unused]] real* sums_) {
-  const long long N_ = a_.N_;
-  const int T_ = a_.T_;
-  const real p_tau_ = a_.tau_ptr_ ? *a_.tau_ptr_ : a_.tau_value_;
-  const real p_v_threshold_ = a_.v_threshold_ptr_ ? *a_.v_threshold_ptr_ : a_.v_threshold_value_;
-  const real p_v_reset_ = a_.v_reset_ptr_ ? *a_.v_reset_ptr_ : a_.v_reset_value_;
-  real z_v_[LANES];
-  load_state(z_v_, a_.v_ptr_, first_, valid_, a_.v_value_);
-
-  long long t_ = 0;
-  for (; t_ < T_; ++t_) {
-        real now_x_[LANES];
-        load_reals(now_x_, a_.x_ + first_ + (t_) * N_, valid_);
-
-    LOADS_ISSUED_
-    if (a_.checkpoints_ && t_ > 0 && t_ % K == 0) {
-      real* c_ = a_.checkpoints_ + (t_ / K - 1) * (1 * N_) + first_;
-      store_state(z_v_, c_ + 0 * N_, valid_);
-    }
-    UNROLL_ for (int k_ = 0; k_ < LOADS; ++k_) {
-      {
-        real out_s_[LANES];
-        FOR_LANES_ {
-          real spike_, charged_;
-          step_(now_x_[l_], z_v_[l_], spike_, charged_, p_tau_, p_v_threshold_, p_v_reset_);
-          out_s_[l_] = spike_;
-        }
-        const long long row_ = first_ + (t_ + k_) * N_;
-        store_reals(a_.s_ + row_, out_s_, valid_);
-      }
-    }
-
+struct Kernel : Arrays<Sizes> {
+  struct Args {
+    const storage* in[1];  // x
+    storage* out[1];  // s
+    real* last[1];  // v
+    real* checkpoints;
+    const real* start[1];  // v
+    const real* shared[3];  // tau, v_threshold, v_reset
+    long long N;
+    real start_value[1];  // v
+    real shared_value[3];  // tau, v_threshold, v_reset
+    int T;
+  };
+  // One step of one neuron: charge, fire, reset.
+  static INLINE_ void step(const Params<Kernel>& p_, const In& in_, State& z_, Out& out_, const int l_) {
+    const real x = in_[0][l_], v = z_[0][l_], tau = p_.shared[0], v_threshold = p_.shared[1],
+        v_reset = p_.shared[2];
+    const real theta = v_threshold;
+    const real h = v + (x - (v - v_reset)) / tau;
+    const real s = (h >= theta ? real(1) : real(0));
+    const real new_v_ = h * (real(1) - s) + v_reset * s;
+    z_[0][l_] = new_v_;
+    out_[0][l_] = s;
   }
-  if (a_.v_last_) { store_state(z_v_, a_.v_last_ + first_, valid_); }
-}
-
-ENTRY_(lif_forward_float32_hard_k4_l64_r1, 0)
-
+};
+extern "C" void
+lif_forward_float32_hard_k4_l64_r1(const Kernel::Args* a, int threads) { run<Kernel>(*a, threads); }
 }  // namespace

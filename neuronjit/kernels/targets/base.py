@@ -12,7 +12,6 @@ from ...language.functions import OPERATIONS
 from ...language.tree import Node
 from ...models.model import NeuronModel
 from ...settings import debugging
-from ..spec import KernelSpec
 
 # Compilers take longer than linearly for longer functions. A step counts its terms, and a function
 # that is a page of code as many; GPU kernels contain it K times.
@@ -41,13 +40,6 @@ def steps_between_checkpoints(steps: int, model: NeuronModel) -> int:
     return k
 
 
-def is_large(spec: KernelSpec) -> bool:
-    """Whether compilers must take less trouble with a kernel, to be done in seconds."""
-    surrogate = spec.surrogate
-    trees = (surrogate.derivative_tree, surrogate.primitive_tree) if surrogate else ()
-    return is_long(spec.model) or any(_terms(tree) > MOST_TERMS // 8 for tree in trees if tree)
-
-
 def is_long(model: NeuronModel) -> bool:
     """Whether a step of the model is so long that it does not stand in a kernel many times."""
     return _terms_of_model(model) > MOST_TERMS // 8
@@ -55,12 +47,13 @@ def is_long(model: NeuronModel) -> bool:
 
 @cache
 def _terms_of_model(model: NeuronModel) -> int:
-    return len(model.state) + sum(_terms(s.expression) for s in model.statements)
+    return len(model.state) + sum(terms(s.expression) for s in model.statements)
 
 
-def _terms(tree: Node) -> int:
+def terms(tree: Node) -> int:
+    """Return how many operations there are in a tree; a function that is a page of code is 8."""
     long = tree.op in OPERATIONS and OPERATIONS[tree.op].long
-    return (_TERMS_OF_FUNCTION if long else 1) + sum(map(_terms, tree.args))
+    return (_TERMS_OF_FUNCTION if long else 1) + sum(map(terms, tree.args))
 
 
 def debug(line: str, source: str = "", suffix: str = "") -> None:

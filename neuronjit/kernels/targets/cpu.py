@@ -22,6 +22,8 @@ from . import scratch
 from .base import MOST_TERMS, Shape, debug, first_lines, keep_source, steps_between_checkpoints
 from .binary import SHARED, why_not_elf
 
+BLOCK = 1  # a loop over neurons takes the place of threads
+KEEPS_RECIPROCALS = False  # of parameters: a division is hidden behind the memory
 # No contraction and no reordering: spikes are bit-identical to eager PyTorch's and to the GPU's.
 # The last two flags only drop what the kernels do not use (errno, floating-point traps), so that
 # loops vectorise.

@@ -16,7 +16,6 @@ import torch
 from ...errors import BackendError, CompileError, MissingKernelError, SpecError, known
 from ...models.model import NeuronModel
 from ...torch_private import current_device, current_raw_stream
-from ..spec import CUDA_BLOCK
 from .base import (
     MOST_TERMS,
     Shape,
@@ -28,6 +27,8 @@ from .base import (
 )
 from .binary import CUBIN, CUDA, cubin_arch, why_not_elf, why_not_ptx
 
+BLOCK = 128  # threads; small, so that short rows still spread over all multiprocessors
+KEEPS_RECIPROCALS = True  # of parameters: a division takes ten times as long as a product
 # --fmad=false and IEEE division keep spikes bit-identical to the CPU's; kernels wait for memory,
 # not for these.
 FLAGS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
@@ -164,7 +165,7 @@ class Kernel:
 
     def __init__(self, function: int, lanes: int, device: int, launch: Any) -> None:
         self._function = function
-        self._neurons = lanes * CUDA_BLOCK
+        self._neurons = lanes * BLOCK
         self._device = device
         self._launch = launch
 
@@ -182,7 +183,7 @@ class Kernel:
             _contexts.enter(device)
         pointer = (ctypes.c_char_p * 1)(packed)  # the driver copies what this points to
         self._launch(
-            self._function, -(-n // self._neurons), 1, 1, CUDA_BLOCK, 1, 1, 0,
+            self._function, -(-n // self._neurons), 1, 1, BLOCK, 1, 1, 0,
             current_raw_stream(device), ctypes.addressof(pointer), 0,
         )  # fmt: skip
 
