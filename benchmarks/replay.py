@@ -186,6 +186,7 @@ def thinned(found: Sequence[Case], count: int) -> list[Case]:
 # --- what is asked of a tree: the only part that knows its interface ------------------------------
 
 WORDS = (  # how trees name what a case says to `neuronjit.render`; a new name is a new line
+    dict(N="neurons", T="steps"),
     dict(N="neurons", T="steps", record="sequences", arriving="sequences"),
 )
 

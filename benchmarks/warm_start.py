@@ -175,7 +175,9 @@ def child_compile(device: str, model: str) -> dict[str, Any]:
     took = {}
     chosen = ahead.choices([model], "cuda", surrogates=["atan"])
     for direction in ("forward", "backward"):
-        spec = next(s for s in chosen if s.direction == direction and s.steps == 16 and s.prefetch)
+        spec = next(
+            s for s in chosen if s.direction == direction and s.interval == 16 and s.prefetch
+        )
         build.targets.by_name("cuda").fingerprint("sm_90")  # imports CuPy
         start = time.perf_counter()
         build.build(spec, "sm_90")

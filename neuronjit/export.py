@@ -14,9 +14,10 @@ from . import neurons
 from .errors import SpecError, known
 from .kernels import targets
 from .kernels.render import render_specs
-from .kernels.spec import DTYPES, KernelSpec
+from .kernels.spec import DIRECTIONS, DTYPES, KernelSpec
 from .models.block import RESETS
 from .models.model import NeuronModel
+from .run.call import as_names
 from .surrogates import ATan
 
 
@@ -34,7 +35,7 @@ def render(
     record: Iterable[str] = (),
     learned: Iterable[str] = (),
     per_neuron: Iterable[str] = (),
-    sequences: Iterable[str] | None = None,
+    arriving: Iterable[str] | None = None,
 ) -> str:
     """The source of a model's kernels, to read: what a call of this size would compile.
 
@@ -45,29 +46,26 @@ def render(
         surrogate, reset, detach_reset: as for `neuronjit.multistep`.
         dtype: of the sequences, "float32", "float64", "float16" or "bfloat16".
         steps, neurons: T and N of the call.
-        record: names of sequences that forward returns besides the spikes; backward, gradients
-            arrive at them and at the spikes.
+        record: names of sequences that forward returns besides the spikes.
+        arriving: names of sequences whose gradients arrive in backward; None: the spikes and those
+            of `record`.
         learned: parameters whose gradient is wanted.
         per_neuron: parameters that are tensors over neurons.
-        sequences: with a direction, exactly the sequences that forward records, or whose gradients
-            arrive in backward, "s" among them, in place of `record`.
 
     Raises:
         SpecError: an unknown name, and which are known.
     """
-    if sequences is not None and direction is None:
-        raise SpecError("sequences= belongs to one direction: say which, or use record=")
+    record, learned = as_names(record), as_names(learned, "learned")
+    per_neuron = as_names(per_neuron, "per_neuron")
+    arriving = ("s", *record) if arriving is None else as_names(arriving, "arriving")
     specs = []
-    for each in ("forward", "backward") if direction is None else (direction,):
-        if sequences is None:
-            names: Iterable[str] = ("s", *record) if each == "backward" else tuple(record)
-        else:
-            names = sequences
+    for each in DIRECTIONS if direction is None else (direction,):
         spec = KernelSpec.of(
             model, target, each, surrogate, reset, detach_reset, dtype,
-            per_neuron=per_neuron, learned=learned, sequences=names,
+            per_neuron=per_neuron, learned=learned, record=record, arriving=arriving,
         )  # fmt: skip
-        counts = DTYPES[spec.dtype].tensor.itemsize, spec.model, len(spec.sequences)
+        sequences = len(spec.record) + len(spec.arriving)
+        counts = DTYPES[spec.dtype].tensor.itemsize, spec.model, sequences
         shape = targets.by_name(target).shape(each, *counts, neurons, steps, True)
         specs.append(replace(spec, **shape._asdict()))
     return render_specs(specs)
@@ -143,9 +141,8 @@ def _export(
             learned = ("reciprocal_tau",) if plif else ()
             for surrogate, detach in itertools.product(surrogates, detach_resets):
                 choices = variant, "cuda", direction, surrogate, reset, detach, dtype
-                sequences = ("s",) if direction == "backward" else ()
                 spec = KernelSpec.of(
-                    *choices, learned=learned, sequences=sequences, steps=4, loads=4
+                    *choices, learned=learned, arriving=("s",), interval=4, loads=4
                 )
                 specs[spec] = None
     if not specs:

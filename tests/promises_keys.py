@@ -112,8 +112,8 @@ def _changed(directory):
         "detach_reset": True,
         "per_neuron": ("tau",),
         "learned": ("tau",),
-        "sequences": ("v",),
-        "steps": 8,
+        "arriving": ("v",),
+        "interval": 8,
         "lanes": 2,
         "loads": 2,
         "prefetch": True,
@@ -124,6 +124,8 @@ def _changed(directory):
         for direction in ("forward", "backward")
     ]
     yield "spec: direction", smooth[0] != smooth[1]
+    recorded = dataclasses.replace(spec, spiking=False, direction="forward", record=("v",))
+    yield "spec: record", recorded.request != smooth[0]
     for name, value in TOOLCHAIN.items():
         toolchain = {**TOOLCHAIN, name: value + "a"}  # sm_90 and sm_90a are two as well
         yield f"toolchain: {name}", store.make_key(spec.request, toolchain) != before

@@ -100,7 +100,9 @@ def test_what_is_ours_in_a_step_ends_in_an_underscore() -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_the_host_compiles_the_same_kernels(model: str, tmp_path: Path) -> None:
     specs = {
-        KernelSpec.of(model, "cpu", direction, surrogate, reset, detach, dtype, steps=4, lanes=64)
+        KernelSpec.of(
+            model, "cpu", direction, surrogate, reset, detach, dtype, interval=4, lanes=64
+        )
         for direction, surrogate, reset, detach, dtype in itertools.product(
             ("forward", "backward"), SEED_SURROGATES, ("hard", "soft"), (True, False),
             ("float32", "float16"),
@@ -126,8 +128,9 @@ def sample(target: str, count: int) -> list[KernelSpec]:
             draw.random() < 0.5, draw.choice(("float32", "float64", "float16", "bfloat16")),
             per_neuron=tuple(p for p in params if draw.random() < 0.3),
             learned=tuple(p for p in params if backward and draw.random() < 0.4),
-            sequences=tuple(n for n in ["s"] * backward + states if draw.random() < 0.5),
-            steps=(steps := draw.choice((4, 8, 16))),
+            record=(names := tuple(n for n in states if draw.random() < 0.5)),
+            arriving=("s", *names) if draw.random() < 0.8 else names,
+            interval=(steps := draw.choice((4, 8, 16))),
             lanes=64 if target == "cpu" else draw.choice((1, 2, 4)),
             loads=1 if target == "cpu" else steps,
             prefetch=target == "cuda" and draw.random() < 0.5,
@@ -254,12 +257,12 @@ def test_choices_may_be_iterators(tmp_path: Path) -> None:
 # --- what is shown is what calls use --------------------------------------------------------------
 
 NONSENSE = {
-    "a spike recorded": dict(direction="forward", sequences=("s",)),
-    "an unknown sequence": dict(direction="backward", sequences=("w",)),
+    "a spike recorded": dict(direction="forward", record=("s",)),
+    "an unknown sequence": dict(direction="backward", arriving=("w",)),
+    "an unknown sequence, forward": dict(direction="forward", arriving=("w",)),
     "an unknown parameter": dict(learned=("alpha",)),
     "unknown per neuron": dict(per_neuron=("x",)),
     "twice": dict(record=("v", "v")),
-    "both directions": dict(sequences=("v",)),
     "a reset": dict(reset="own"),
     "a dtype": dict(dtype="float8"),
     "a target": dict(target="rocm"),
@@ -321,12 +324,14 @@ SPEC = dict(model=nj.neurons.LIF, target="cpu", direction="backward", dtype="flo
         dict(reset="own"), dict(reset="gentle"), dict(surrogate=None), dict(direction="forward"),
         dict(surrogate=nj.surrogates.ATan(alpha=3.0)), dict(learned=("w",)), dict(learned=["tau"]),
         dict(learned=("v_threshold", "tau")), dict(per_neuron=("tau", "tau")),
-        dict(sequences=("v", "s")), dict(sequences=("x",)), dict(steps=0), dict(steps=3),
-        dict(lanes=True), dict(loads=32), dict(steps=1 << 20), dict(dtype="int8"),
+        dict(arriving=("v", "s")), dict(arriving=("x",)), dict(interval=0), dict(interval=3),
+        dict(lanes=True), dict(loads=32), dict(interval=1 << 20), dict(dtype="int8"),
+        dict(record=("v",)),
         dict(spiking=False, surrogate=nj.surrogates.SuperSpike), dict(model="lif"),
         dict(direction="forward", surrogate=None, detach_reset=True),
         dict(direction="forward", surrogate=None, learned=("tau",)),
-        dict(direction="forward", surrogate=None, sequences=("s",)),
+        dict(direction="forward", surrogate=None, record=("s",)),
+        dict(direction="forward", surrogate=None, arriving=("s",)),
     ],
     ids=str,
 )  # fmt: skip

@@ -39,7 +39,7 @@ def spec(model, target, direction, surrogate="atan", reset="hard", dtype="float3
 
 
 SMOOTH = nj.surrogates.Sigmoid(alpha=3.0, spiking=False)
-MANY = dict(learned=("tau", "b"), per_neuron=("tau",), sequences=("s", "v", "h"), prefetch=True)
+MANY = dict(learned=("tau", "b"), per_neuron=("tau",), arriving=("s", "v", "h"), prefetch=True)
 
 
 @pytest.mark.parametrize(
@@ -47,9 +47,9 @@ MANY = dict(learned=("tau", "b"), per_neuron=("tau",), sequences=("s", "v", "h")
     [
         spec("lif", "cpu", "forward"),
         spec("plif", "cuda", "backward", "erf", "soft", "float16", detach=True),
-        spec(LIKE_LIF, "cuda", "forward", dtype="bfloat16", lanes=4, steps=8),
+        spec(LIKE_LIF, "cuda", "forward", dtype="bfloat16", lanes=4, interval=8),
         spec(ADEX, "cpu", "backward", BOXCAR, dtype="float64", **MANY),
-        spec("if", "cpu", "forward", SMOOTH, sequences=("v",)),
+        spec("if", "cpu", "forward", SMOOTH, record=("v",)),
         spec("if", "cpu", "backward", nj.surrogates.SquarewaveFourierSeries(3)),
     ],
     ids=lambda spec: spec.symbol,
@@ -68,7 +68,7 @@ def test_every_field_is_checked():
     """A new field of KernelSpec would pass unchecked: look after it in manifest.from_json."""
     assert {field.name for field in fields(KernelSpec)} == {
         "model", "target", "direction", "dtype", "reset", "surrogate", "spiking", "detach_reset",
-        "per_neuron", "learned", "sequences", "steps", "lanes", "loads", "prefetch",
+        "per_neuron", "learned", "record", "arriving", "interval", "lanes", "loads", "prefetch",
     }  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def test_what_is_missing_is_recorded_too(tmp_path, monkeypatch):
 
 def test_the_command_in_the_error_builds_that_kernel(monkeypatch):
     options = dict(learned=("reciprocal_tau", "v_threshold"), per_neuron=("v_threshold",))
-    options |= dict(sequences=("s", "v"), detach=True)
+    options |= dict(arriving=("s", "v"), detach=True)
     wanted = spec("plif", "cpu", "backward", "erf", "soft", "float64", **options)
     work = []
     monkeypatch.setattr(ahead, "build_all", lambda jobs, *_: (work.extend(jobs), ([], []))[1])
@@ -125,7 +125,8 @@ from neuronjit.kernels import manifest
 from neuronjit.kernels.spec import KernelSpec
 for i in range(32):
     dtype = ("float32", "float64", "float16", "bfloat16")[i // 8]
-    spec = KernelSpec.of("lif", "cpu", "forward", "atan", "hard", False, dtype, steps=2 ** (i % 8))
+    k = 2 ** (i % 8)
+    spec = KernelSpec.of("lif", "cpu", "forward", "atan", "hard", False, dtype, interval=k)
     manifest.record(spec, "x86-64-v" + sys.argv[1])
 """
 
@@ -147,9 +148,10 @@ LINE = json.dumps(manifest.to_json(spec(ADEX, "cpu", "backward", BOXCAR)) | {"ar
 INJECTED = '1;}__global__ void evil(){system("x");}'
 HOSTILE = {
     "": [
-        {"steps": INJECTED}, {"steps": -1}, {"lanes": 10**9}, {"loads": True}, {"loads": 1.0},
-        {"prefetch": INJECTED}, {"sequences": [INJECTED]}, {"sequences": ["s", "s"]},
-        {"sequences": "s"}, {"learned": [INJECTED]}, {"per_neuron": [["tau"]]},
+        {"interval": INJECTED}, {"interval": -1}, {"lanes": 10**9}, {"loads": True}, {"loads": 1.0},
+        {"prefetch": INJECTED}, {"arriving": [INJECTED]}, {"arriving": ["s", "s"]},
+        {"arriving": "s"}, {"record": ["v"]}, {"record": "v"},
+        {"learned": [INJECTED]}, {"per_neuron": [["tau"]]},
         {"dtype": INJECTED}, {"target": "../../x"}, {"direction": None}, {"reset": "own"},
         {"reset": INJECTED}, {"spiking": "no"}, {"spiking": False}, {"surrogate": None},
         {"surrogate": "no_such"}, {"surrogate": 7}, {"model": "no_such"}, {"model": None},
@@ -205,8 +207,8 @@ import resource
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 from neuronjit.kernels import manifest
 from neuronjit.kernels.spec import KernelSpec
-for steps in (1, 2):
-    spec = KernelSpec.of("lif", "cpu", "forward", "atan", "hard", False, "float32", steps=steps)
+for k in (1, 2):
+    spec = KernelSpec.of("lif", "cpu", "forward", "atan", "hard", False, "float32", interval=k)
     manifest.record(spec, "x86-64-v3")
 print("went on")
 """
@@ -263,15 +265,16 @@ def test_a_record_is_read_on_and_not_again(tmp_path, monkeypatch):
         return Counted(name, mode, opener=opener)
 
     monkeypatch.setattr(manifest, "open", counted, raising=False)
-    for steps in [2**i for i in range(8)]:
+    for interval in [2**i for i in range(8)]:
         for _ in range(2):
-            manifest.record(spec("lif", "cpu", "forward", steps=steps), "x86-64-v3")
+            manifest.record(spec("lif", "cpu", "forward", interval=interval), "x86-64-v3")
         with open(path, "ab") as other:  # another process
             line = json.dumps(
-                manifest.to_json(spec("if", "cpu", "forward", steps=steps)) | {"arch": "x86-64-v3"}
+                manifest.to_json(spec("if", "cpu", "forward", interval=interval))
+                | {"arch": "x86-64-v3"}
             )
             other.write(line.encode() + b"\n")
-        manifest.record(spec("if", "cpu", "forward", steps=steps), "x86-64-v3")
+        manifest.record(spec("if", "cpu", "forward", interval=interval), "x86-64-v3")
         sizes.append(path.stat().st_size)
     monkeypatch.delattr(manifest, "open")
     assert len(manifest.read(str(path))) == len(path.read_bytes().splitlines()) == 16

@@ -31,9 +31,9 @@ KERNELS = [
         for direction in ("forward", "backward")
     ],
     ("izhikevich", "backward", "float16", "Sigmoid", {}),
-    ("lif", "backward", "bfloat16", "ATan", dict(sequences=("s", "v", "h"))),
+    ("lif", "backward", "bfloat16", "ATan", dict(arriving=("s", "v", "h"))),
     ("lif", "backward", "float64", "ATan", dict(learned=("tau", "v_threshold"))),
-    ("lif", "forward", "bfloat16", "ATan", dict(sequences=("v", "h"), per_neuron=("tau",))),
+    ("lif", "forward", "bfloat16", "ATan", dict(record=("v", "h"), per_neuron=("tau",))),
 ]
 
 
@@ -45,7 +45,7 @@ def test_loops_over_lanes_vectorize(tmp_path: Path, kernel: tuple) -> None:
     model, direction, dtype, surrogate, options = kernel
     spec = KernelSpec.of(
         model, "cpu", direction, surrogate, "hard", False, dtype,
-        steps=16, lanes=cpu.LANES, **options,
+        interval=16, lanes=cpu.LANES, **options,
     )  # fmt: skip
     text = render.render_specs([spec])
     path = tmp_path / "kernel.cpp"

@@ -15,7 +15,7 @@ from ..cache import store
 from ..errors import NeuronJitError, SpecError
 from ..surrogates import as_surrogate
 from . import build, targets
-from .spec import DTYPES, KernelSpec, in_order
+from .spec import DIRECTIONS, DTYPES, KernelSpec, in_order
 from .targets import TARGETS
 
 Job = tuple[KernelSpec, str]  # with the architecture to compile for
@@ -131,19 +131,18 @@ def choices(
         wide = tuple(p for p in model.params if p in per_neuron)
         learned = tuple(p for p in model.params if p in learn or p == "reciprocal_tau")
         recorded = tuple(n for n in (*model.state, "h") if n in record)
-        options = {"forward": [(), recorded], "backward": [("s",), ("s", *recorded)]}
-        for direction in options:
-            for names in options[direction]:
-                spec = KernelSpec.of(
-                    model, target, direction, surrogate, reset, detach_reset, dtype,
-                    sequences=names, per_neuron=wide, learned=learned,
-                )  # fmt: skip
-                chosen.update(dict.fromkeys(every_shape(spec, target)))
+        for direction, names in itertools.product(DIRECTIONS, ((), recorded)):
+            spec = KernelSpec.of(
+                model, target, direction, surrogate, reset, detach_reset, dtype,
+                record=names, arriving=("s", *names), per_neuron=wide, learned=learned,
+            )  # fmt: skip
+            chosen.update(dict.fromkeys(every_shape(spec, target)))
     return list(chosen)
 
 
 def every_shape(spec: KernelSpec, target: str) -> list[KernelSpec]:
     """The same kernel for `target`, in each shape that some size of input may ask for."""
     size = DTYPES[spec.dtype].tensor.itemsize
-    shapes = targets.shapes(target, spec.direction, size, spec.model, len(spec.sequences))
+    sequences = len(spec.record) + len(spec.arriving)
+    shapes = targets.shapes(target, spec.direction, size, spec.model, sequences)
     return [replace(spec, target=target, **shape._asdict()) for shape in shapes]

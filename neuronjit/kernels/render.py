@@ -70,7 +70,6 @@ def _tidy(text: str) -> str:
 
 def _context(spec: KernelSpec) -> dict[str, Any]:
     dtype, backward = DTYPES[spec.dtype], spec.direction == "backward"
-    sequences = len(spec.sequences)
     return {
         "spec": spec,
         "title": spec.symbol.replace("_", " "),
@@ -79,11 +78,11 @@ def _context(spec: KernelSpec) -> dict[str, Any]:
         "storage": dtype.storage,
         "sizes": {
             "LANES": spec.lanes,
-            "K": spec.steps,
+            "K": spec.interval,
             "LOADS": spec.loads,
             "INPUTS": 1,
-            "SEQUENCES": 1 + sequences * backward,
-            "OUTPUTS": 1 + sequences * (not backward),
+            "SEQUENCES": 1 + len(spec.arriving),
+            "OUTPUTS": 1 + len(spec.record),
             "STATES": len(spec.model.state),
             "SHARED": len(spec.shared),
             "SHARED_DIVISORS": len(spec.divisors.intersection(spec.shared)),
@@ -192,7 +191,7 @@ def _step(spec: KernelSpec) -> list[str]:
     ]
     if spec.direction == "forward":
         held = {**lowered.final, "h": lowered.h}
-        outputs = ("s", *(held[n] for n in spec.sequences))
+        outputs = ("s", *(held[n] for n in spec.record))
         ends += [_Line(f"out_[{i}][l_] = ", name(n)) for i, n in enumerate(outputs)]
     wanted = set().union(*(line.value.names() for line in ends))
     statements = needed(lowered.statements, wanted)
@@ -220,7 +219,7 @@ def _adjoint(spec: KernelSpec) -> dict[str, Any]:
     # by which gradients one exists: ALWAYS, or those of states after the step
     exists: dict[str, set[str]] = {}
     lines: list[_Line] = []
-    arriving = {n: name(f"in_[{i}][l_]") for i, n in enumerate(("x", *spec.sequences))}
+    arriving = {n: name(f"in_[{i}][l_]") for i, n in enumerate(("x", *spec.arriving))}
 
     def arrive(target: str, gradient: Node, by: set[str]) -> None:
         terms.setdefault(target, []).append(gradient)
@@ -240,11 +239,11 @@ def _adjoint(spec: KernelSpec) -> dict[str, Any]:
 
     for i, (z, last) in enumerate(lowered.final.items()):
         after = name(f"d_.z[{i}][l_]")
-        arrived = Node("+", (after, arriving[z])) if z in spec.sequences else after
+        arrived = Node("+", (after, arriving[z])) if z in spec.arriving else after
         lines.append(_let(f"after_{z}_", arrived))
-        arrive(last, name(f"after_{z}_"), {ALWAYS if z in spec.sequences else z})
+        arrive(last, name(f"after_{z}_"), {ALWAYS if z in spec.arriving else z})
     for given, target in (("h", lowered.h), ("s", "s")):
-        if given in spec.sequences:
+        if given in spec.arriving:
             lines.append(_let(f"given_{given}_", arriving[given]))
             arrive(target, name(f"given_{given}_"), {ALWAYS})
     for statement, gate in reversed(statements):
@@ -296,7 +295,7 @@ def _existing(spec: KernelSpec, exists: dict[str, set[str]]) -> list[str]:
         by = exists.get(z, set())
         others = [at[other] for other in at if other in by]
         value = "true" if ALWAYS in by else " || ".join(others) or "false"
-        if z in spec.sequences or value == some:
+        if z in spec.arriving or value == some:
             continue
         if value in ("true", "false"):
             later.append(f"{some} = {value};")

@@ -48,7 +48,7 @@ PACKAGE = Path(__file__).parent.parent
 # the folders whose code decides a rendered text and how it is compiled: whole, so that none of
 # their files can be forgotten
 RENDERERS = ("language", "models", "kernels")
-MOST = 256  # steps, lanes and loads become code that many times over
+MOST = 256  # intervals, lanes and loads become code that many times over
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ class KernelSpec:
     detach_reset: bool = False
     per_neuron: tuple[str, ...] = ()  # parameters that differ between neurons
     learned: tuple[str, ...] = ()  # backward: parameters whose gradient is wanted
-    # forward: recorded besides s; backward: those whose gradient arrives
-    sequences: tuple[str, ...] = ()
-    steps: int = 16  # K: steps between checkpoints, recomputed together
+    record: tuple[str, ...] = ()  # forward: sequences that are returned besides the spikes
+    arriving: tuple[str, ...] = ()  # backward: sequences whose gradients arrive
+    interval: int = 16  # K: steps between checkpoints, recomputed together
     lanes: int = 1  # neurons handled together
     loads: int = 1  # forward: rows of x on their way before the first is used
     prefetch: bool = False  # load the rows of the next steps before the current ones are used
@@ -107,23 +107,26 @@ class KernelSpec:
                 raise SpecError("the surrogate's numbers are arguments: a kernel has its form")
             if not self.spiking and self.surrogate.primitive is None:
                 raise SpecError(f"surrogate '{self.surrogate.name}' has no primitive")
-        if not backward and (self.detach_reset or self.learned):
-            raise SpecError("detach_reset and learned parameters concern backward kernels only")
-        readable = (*(("s",) if backward else ()), *model.state, "h")
+        if not backward and (self.detach_reset or self.learned or self.arriving):
+            fields = "detach_reset, learned parameters and arriving gradients"
+            raise SpecError(f"{fields} concern backward kernels only")
+        if backward and self.record:
+            raise SpecError("record concerns forward kernels only")
         for field, names in (
-            ("per_neuron", model.params), ("learned", model.params), ("sequences", readable),
+            ("per_neuron", model.params), ("learned", model.params),
+            ("record", (*model.state, "h")), ("arriving", ("s", *model.state, "h")),
         ):  # fmt: skip
             given = getattr(self, field)
             if given != in_order(given, names, field):
                 raise SpecError(f"{field} must be in the model's order, got {given}")
-        for field in ("steps", "lanes", "loads"):
+        for field in ("interval", "lanes", "loads"):
             number = getattr(self, field)
             if type(number) is not int or not 1 <= number <= MOST or number & (number - 1):
                 raise SpecError(
                     f"{field} must be a power of two from 1 to {MOST}, got {ascii(number)[:80]}"
                 )
-        if self.loads > self.steps:
-            raise SpecError(f"loads={self.loads} must be at most steps={self.steps}")
+        if self.loads > self.interval:
+            raise SpecError(f"loads={self.loads} must be at most interval={self.interval}")
 
     @classmethod
     def of(
@@ -138,16 +141,18 @@ class KernelSpec:
         *,
         per_neuron: Iterable[str] = (),
         learned: Iterable[str] = (),
-        sequences: Iterable[str] = (),
+        record: Iterable[str] = (),
+        arriving: Iterable[str] = (),
         **shape: Any,
     ) -> KernelSpec:
         """The kernel that a call with these choices uses in this direction.
 
-        What does not concern the direction is left out: forward has no slope, nothing is learned.
+        What does not concern the direction is left out: forward has no slope, backward no record.
         """
         model, surrogate = as_model(model), as_surrogate(surrogate)
         backward = direction == "backward"
-        readable = (*(("s",) if backward else ()), *model.state, "h")
+        record = in_order(record, (*model.state, "h"), "record")
+        arriving = in_order(arriving, ("s", *model.state, "h"), "arriving")
         return cls(
             model,
             target,
@@ -159,7 +164,8 @@ class KernelSpec:
             detach_reset=bool(detach_reset) and backward,
             per_neuron=in_order(per_neuron, model.params, "per_neuron"),
             learned=in_order(learned, model.params, "learned") if backward else (),
-            sequences=in_order(sequences, readable, "sequences"),
+            record=() if backward else record,
+            arriving=arriving if backward else (),
             **shape,
         )
 
@@ -213,13 +219,13 @@ class KernelSpec:
         if self.direction == "forward":
             pointers = [
                 Group("const storage*", "in", ("x",)),
-                Group("storage*", "out", ("s", *self.sequences)),
+                Group("storage*", "out", ("s", *self.record)),
                 Group("real*", "last", states),
                 Group("real*", "checkpoints"),
             ]
         else:
             pointers = [
-                Group("const storage*", "in", ("x", *self.sequences)),
+                Group("const storage*", "in", ("x", *self.arriving)),
                 Group("storage*", "out", ("x",)),
                 Group("const real*", "last_grad", states),
                 Group("real*", "start_grad", states),
@@ -252,10 +258,11 @@ class KernelSpec:
         parts += ["detached"] if self.detach_reset else []
         parts += [self.surrogate.name] if self.surrogate else []
         parts += [] if self.spiking else ["smooth"]
-        lists = dict(per=self.per_neuron, learn=self.learned, seq=self.sequences)
+        sequences = (*self.record, *self.arriving)
+        lists = dict(per=self.per_neuron, learn=self.learned, seq=sequences)
         for word, names in lists.items():
             parts += [f"{word}_{'_'.join(names)}"] if names else []
-        parts += [f"k{self.steps}", f"l{self.lanes}", f"r{self.loads}"]
+        parts += [f"k{self.interval}", f"l{self.lanes}", f"r{self.loads}"]
         parts += ["ahead"] if self.prefetch else []
         return "_".join(parts)
 

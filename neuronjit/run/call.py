@@ -131,13 +131,13 @@ def as_backend(backend: Any) -> str:
     return backend
 
 
-def as_names(record: Any) -> tuple[Any, ...]:
-    """The names to record, as they were given; an iterator is read here and never again."""
-    if isinstance(record, str):
-        return (record,)
-    if not isinstance(record, Iterable):
-        raise InputTypeError(f"record must be names, got {type(record).__name__}")
-    return tuple(record)
+def as_names(given: Any, what: str = "record") -> tuple[Any, ...]:
+    """The names that were given, as they are; an iterator is read here and never again."""
+    if isinstance(given, str):
+        return (given,)
+    if not isinstance(given, Iterable):
+        raise InputTypeError(f"{what} must be names, got {type(given).__name__}")
+    return tuple(given)
 
 
 def signature(tensor: Tensor) -> tuple[Any, ...]:

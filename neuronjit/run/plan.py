@@ -302,7 +302,7 @@ class KernelPlan:
         if lasts:
             last = {z: t.data_ptr() for z, t in zip(self.states, lasts, strict=True)}
         aligned = not reduce(or_, (read, *out.values(), *last.values(), *given.values())) & 15
-        launch = self._launches.get(aligned) or self._load(aligned, "forward", self.call.record, ())
+        launch = self._launches.get(aligned) or self._load(aligned, aligned, "forward")
         checkpoints = None
         if save and self._saved is not None:
             checkpoints = torch.empty(self._saved[0], dtype=self.real, device=self.device)
@@ -360,8 +360,9 @@ class KernelPlan:
             after = {z: _pointer(grad) for z, grad in zip(self.states, ends, strict=True)}
         found = {**self._nowhere, **{name: grad.data_ptr() for name, grad in own.items()}}
         pointers = *read.values(), out, *after.values(), *found.values(), kept, *given.values()
-        key = (not reduce(or_, pointers) & 15, sequences, learned)
-        launch = self._launches.get(key) or self._load(key, "backward", sequences, learned)
+        aligned = not reduce(or_, pointers) & 15
+        key = (aligned, sequences, learned)
+        launch = self._launches.get(key) or self._load(key, aligned, "backward", sequences, learned)
         partials = None
         if summed:
             size = (len(summed), launch.blocks(self.n))
@@ -457,25 +458,23 @@ class KernelPlan:
         return torch.empty_strided(self.shape, self.strides, dtype=self.real, device=self.device)
 
     def _load(
-        self, key: Any, direction: str, sequences: tuple[str, ...], learned: tuple[str, ...]
+        self,
+        key: Any,
+        aligned: bool,
+        direction: str,
+        arriving: tuple[str, ...] = (),
+        learned: tuple[str, ...] = (),
     ) -> _Launch:
-        aligned = key if direction == "forward" else key[0]
+        call = self.call
+        sequences = len(arriving if direction == "backward" else call.record)
         shape = targets.by_name(self.target).shape(
-            direction, self.dtype.itemsize, self.call.model, len(sequences), self.n, self.T, aligned
+            direction, self.dtype.itemsize, call.model, sequences, self.n, self.T, aligned
         )
         spec = KernelSpec.of(
-            self.call.model,
-            self.target,
-            direction,
-            self.call.surrogate,
-            self.call.reset,
-            self.call.detach_reset,
-            NAMES[self.dtype],
-            per_neuron=self.per_neuron,
-            learned=learned,
-            sequences=sequences,
-            **shape._asdict(),
-        )
+            call.model, self.target, direction, call.surrogate, call.reset, call.detach_reset,
+            NAMES[self.dtype], per_neuron=self.per_neuron, learned=learned, record=call.record,
+            arriving=arriving, **shape._asdict(),
+        )  # fmt: skip
         kernel = build.load_kernel(spec, self.device.index or 0)
         launch = _Launch(spec, kernel, self._fixed(spec))
         return self._launches.setdefault(key, launch)

@@ -22,7 +22,7 @@ _TERMS_OF_FUNCTION = 8
 class Shape(NamedTuple):
     """How a kernel walks its work: the fields of a KernelSpec that follow from sizes alone."""
 
-    steps: int  # K: steps between checkpoints
+    interval: int  # K: steps between checkpoints
     lanes: int
     loads: int
     prefetch: bool
