@@ -26,7 +26,7 @@ from .kernels import ahead, build, manifest, targets
 from .kernels.spec import DTYPES
 from .kernels.targets import TARGETS
 from .models.block import RESETS
-from .settings import CacheWarning
+from .settings import CacheWarning, switches
 from .terminal import ask, complain, in_bytes, progress, say, say_json, say_lines, table
 
 FOUND, USAGE, INTERRUPTED = 1, 2, 130
@@ -55,8 +55,7 @@ def _info(args: argparse.Namespace) -> int:
     ]
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     about += [("gpu", f"{torch.cuda.get_device_name(i)} {cuda.arch(i)}") for i in gpus]
-    switches = sorted(name for name in os.environ if name.startswith("NEURONJIT_") or name == "CXX")
-    about += [(name, os.environ[name]) for name in switches]
+    about += switches().items()
     directories = admin.directories()
     if args.json:
         say_json({"about": about, "directories": [asdict(found) for found in directories]})

@@ -32,6 +32,36 @@ def env(name: str) -> str:
     return "" if other else os.environ.get(name, "")
 
 
+def cache_dir() -> str:
+    """NEURONJIT_CACHE_DIR, the directory of the user's that is read and written; "" if not set."""
+    return env("NEURONJIT_CACHE_DIR")
+
+
+def cache_path() -> list[str]:
+    """NEURONJIT_CACHE_PATH: directories that are only read."""
+    return env("NEURONJIT_CACHE_PATH").split(os.pathsep)
+
+
+def cache_size() -> str:
+    """NEURONJIT_CACHE_SIZE, as it was written; "" if not set."""
+    return env("NEURONJIT_CACHE_SIZE").strip()
+
+
+def trusts_groups() -> bool:
+    """Whether NEURONJIT_SHARED_GROUP says to trust what a group of the user's may write."""
+    return env("NEURONJIT_SHARED_GROUP") == "1"
+
+
+def record() -> str:
+    """NEURONJIT_RECORD, the file to which the kernels of this run are added; "" if not set."""
+    return env("NEURONJIT_RECORD")
+
+
+def cxx() -> str:
+    """CXX, the command of the host compiler; "" if not set."""
+    return os.environ.get("CXX", "").strip()
+
+
 def backend() -> str:
     """NEURONJIT_BACKEND, asked at every call: it decides no trust, so it is read without `env`."""
     return os.environ.get("NEURONJIT_BACKEND") or "auto"
@@ -50,6 +80,12 @@ def debugging() -> bool:
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line of the user's that called the library."""
     warnings.warn(message, category, stacklevel=_users_level())
+
+
+def switches() -> dict[str, str]:
+    """Every environment variable of ours that is set, misspelled ones too."""
+    ours = sorted(name for name in os.environ if name.startswith("NEURONJIT_") or name == "CXX")
+    return {name: os.environ[name] for name in ours}
 
 
 _NOT_THE_USERS = {__name__.partition(".")[0], "torch", "contextlib", "concurrent", "threading"}

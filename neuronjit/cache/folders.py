@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 
-from ..settings import env, warn_once
+from .. import settings
+from ..settings import warn_once
 from .entries import KEY, MAX_ENTRY, Damaged
 
 STALE_TEMP_S = 600.0  # publishing takes milliseconds: a temporary file this old is a dead process's
@@ -38,7 +39,7 @@ class Untrusted(Exception):
 
 def user_dir() -> str:
     """The directory that is read and written, "" where there is none."""
-    if path := env("NEURONJIT_CACHE_DIR"):
+    if path := settings.cache_dir():
         return _absolute(path)
     with suppress(Exception):  # whatever it stumbles over must not end a computation
         import platformdirs
@@ -53,8 +54,7 @@ def user_dir() -> str:
 
 def search_path() -> list[str]:
     """The directories to look into: the user's, then those of the site, which are only read."""
-    sites = env("NEURONJIT_CACHE_PATH").split(os.pathsep)
-    return [path for path in (user_dir(), *map(_absolute, sites)) if path]
+    return [path for path in (user_dir(), *map(_absolute, settings.cache_path())) if path]
 
 
 def _absolute(path: str) -> str:
@@ -107,7 +107,7 @@ def distrust(st: os.stat_result, *, parent: bool = False, fd: int | None = None)
 def is_shared(st: os.stat_result) -> bool:
     """Whether the user trusts this file's group: one of theirs, with NEURONJIT_SHARED_GROUP=1."""
     ours = st.st_gid in {os.getegid(), *os.getgroups()} and not _unmapped("gid", st.st_gid)
-    return ours and env("NEURONJIT_SHARED_GROUP") == "1"
+    return ours and settings.trusts_groups()
 
 
 def _lenient(path: str, st: os.stat_result, fd: int) -> str:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from ..settings import CacheWarning, env, warn_once
+from ..settings import CacheWarning, cache_size, warn_once
 from .entries import HEAD, KEY, SCHEMA, Damaged, Entry, decode, encode, key_of, make_key, read_meta
 from .folders import Folder, Untrusted, is_shared, opened, search_path, user_dir, walk
 from .locks import key_lock
@@ -102,7 +102,7 @@ def find(request: str, target: str, arch: str) -> Entry | None:
 
 def size_cap() -> int:
     """Bytes the user's directory may hold: NEURONJIT_CACHE_SIZE (200M, 2G), 1 GiB; 0: no writes."""
-    text = env("NEURONJIT_CACHE_SIZE").strip()
+    text = cache_size()
     if match := re.fullmatch(r"([0-9]{1,15})([KMGT]?)(I?B)?", text.upper()):
         return int(match[1]) << 10 * " KMGT".index(match[2] or " ")
     if text:

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..cache import store
 from ..errors import BackendError, MissingKernelError
@@ -16,10 +16,17 @@ from . import manifest, spec, targets
 from .render import render_specs
 from .spec import KernelSpec
 from .targets import TARGETS
+from .targets.base import Kernel, Target
+
+if TYPE_CHECKING:  # each module is a target: so mypy compares its functions with them
+    from .targets import cpu, cuda
+
+    _targets: list[Target] = [cpu, cuda]
 
 TELL_AFTER_S = 5.0  # of compiling
+Used = TypeVar("Used")
 _log = logging.getLogger("neuronjit")
-_kernels: dict[tuple[KernelSpec, int], Any] = {}
+_kernels: dict[tuple[KernelSpec, int], Kernel] = {}
 _lock = threading.Lock()
 _counts = {"compiled": 0, "loaded": 0}
 
@@ -29,7 +36,7 @@ def stats() -> dict[str, int]:
     return dict(_counts)
 
 
-def load_kernel(spec: KernelSpec, device: int = 0) -> Any:
+def load_kernel(spec: KernelSpec, device: int = 0) -> Kernel:
     """The kernel of `spec` on CUDA device `device` (ignored on the CPU), ready to launch.
 
     Raises:
@@ -47,7 +54,7 @@ def load_kernel(spec: KernelSpec, device: int = 0) -> Any:
             manifest.record(spec, arch)  # also what turns out to be missing: that is to be shipped
             target.check_loadable(spec.symbol)  # before the compiler goes to work
 
-            def load(binary: bytes) -> Any:
+            def load(binary: bytes) -> Kernel:
                 return target.load(binary, spec.symbol, spec.lanes, key[1])
 
             kernel = _kernels.setdefault(key, _obtain(spec, arch, load)[1])
@@ -79,14 +86,14 @@ def _troubles_named(spec: KernelSpec) -> Iterator[None]:
         raise BackendError(f"this machine gives no kernel: {what}\nkernel {spec.symbol}") from error
 
 
-def _obtain(spec: KernelSpec, arch: str, use: Callable[[bytes], Any]) -> tuple[store.Entry, Any]:
+def _obtain(spec: KernelSpec, arch: str, use: Callable[[bytes], Used]) -> tuple[store.Entry, Used]:
     """The entry and what `use` makes of its binary; compiled where there is none that it takes.
 
     Only what `use` has taken is published: it raises BackendError for a binary that is none.
     """
     target = targets.by_name(spec.target)
     compiled = False
-    used: list[Any] = []  # at most one
+    used: list[Used] = []  # at most one
 
     def why_not(entry: store.Entry) -> str:
         try:

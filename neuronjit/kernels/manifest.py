@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from .. import neurons, surrogates
+from .. import neurons, settings, surrogates
 from ..errors import NeuronJitError, SpecError, expect
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
-from ..settings import env, warn_once
+from ..settings import warn_once
 from . import targets
 from .spec import KernelSpec
 
@@ -31,7 +31,7 @@ _recorded: dict[str, tuple[tuple[int, int], int, frozenset[bytes]]] = {}
 
 def record(spec: KernelSpec, arch: str) -> None:
     """Adds the kernel to the file NEURONJIT_RECORD, if that is set. Trouble costs a warning."""
-    path = env("NEURONJIT_RECORD")
+    path = settings.record()
     if not path:
         return
     line = json.dumps({**to_json(spec), "arch": arch}).encode()

@@ -19,7 +19,7 @@ from ..errors import BackendError, CompileError, SpecError
 from ..kernels import build, targets
 from ..kernels.spec import NAMES, KernelSpec
 from ..kernels.targets import TARGETS
-from ..kernels.targets.base import steps_between_checkpoints
+from ..kernels.targets.base import Kernel, steps_between_checkpoints
 from ..settings import warn_once
 from ..torch_private import autograd_again, is_zero_tensor
 from . import layout, reference
@@ -188,7 +188,7 @@ class _Launch:
     `fixed` are those groups of the argument that are the same in every call.
     """
 
-    def __init__(self, spec: KernelSpec, kernel: Any, fixed: Members) -> None:
+    def __init__(self, spec: KernelSpec, kernel: Kernel, fixed: Members) -> None:
         groups = spec.arguments
         self.run = kernel.launch
         self.blocks = kernel.blocks

@@ -1,26 +1,26 @@
-"""The two targets. Both modules have the same verbs, from `arch` and `fingerprint` to `load`."""
+"""The two targets: each a module that is a `base.Target`."""
 
 from __future__ import annotations
 
 import importlib
 import itertools
 from functools import cache
-from typing import Any
+from typing import cast
 
 from ...errors import BackendError, SpecError, known
 from ...models.model import NeuronModel
-from .base import Shape
+from .base import Shape, Target
 
 TARGETS = ("cuda", "cpu")  # each is a module here, and a header in templates/
 
 
 @cache
-def by_name(name: str) -> Any:
+def by_name(name: str) -> Target:
     """The target's module. Raises SpecError, and BackendError where it cannot be imported."""
     if name not in TARGETS:
         raise SpecError(f"unknown target {ascii(name)[:80]}. {known(TARGETS)}")
     try:
-        return importlib.import_module(f".{name}", __package__)
+        return cast(Target, importlib.import_module(f".{name}", __package__))
     except (OSError, ImportError) as error:  # out of descriptors, say
         raise BackendError(f"the {name} target cannot be imported: {error}") from error
 

@@ -1,4 +1,4 @@
-"""What both targets need: the shape of a kernel's work, debug output, and a compiler's words."""
+"""What a target is, and what all need: the shape of a kernel's work, a compiler's words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from ...language.functions import OPERATIONS
 from ...language.tree import Node
@@ -26,6 +26,56 @@ class Shape(NamedTuple):
     lanes: int
     loads: int
     prefetch: bool
+
+
+class Kernel(Protocol):
+    """A loaded kernel."""
+
+    def blocks(self, n: int, /) -> int:
+        """How many partial sums each summed gradient of a parameter has."""
+
+    def launch(self, packed: bytes, n: int, steps: int, /) -> None:
+        """Run it, or queue it on the current stream. `packed` is its argument struct."""
+
+
+class Target(Protocol):
+    """What a module of this folder has: facts, and verbs."""
+
+    BLOCK: int  # threads of a block
+    KEEPS_RECIPROCALS: bool  # of parameters that states are divided by
+
+    def why_unavailable(self) -> str | None:
+        """What is missing for running kernels here, and how to get it; None where nothing is."""
+
+    def arch(self, device: int = 0, /) -> str:
+        """The architecture that kernels are compiled for on this device."""
+
+    def serving(self, arch: str, /) -> list[str]:
+        """The architectures whose kernels run on this one, the best first."""
+
+    def check_arch(self, name: str, /, *, recorded: bool = False) -> str:
+        """`name`, if kernels for it can be compiled. Raises SpecError."""
+
+    def fingerprint(self, arch: str, /) -> dict[str, str]:
+        """All that decides the binary besides the source. Raises BackendError."""
+
+    def compile(self, source: str, symbol: str, arch: str, large: bool = False, /) -> bytes:
+        """The binary. Raises CompileError with the compiler's words."""
+
+    def check(self, binary: bytes, symbol: str, arch: str, /) -> str:
+        """Why this cannot be the kernel's binary; "" if nothing is wrong with it."""
+
+    def check_loadable(self, symbol: str, /) -> None:
+        """Raise MissingKernelError where a kernel cannot be loaded now."""
+
+    def load(self, binary: bytes, symbol: str, lanes: int, device: int, /) -> Kernel:
+        """The loaded kernel. Raises BackendError."""
+
+    def shape(
+        self, direction: str, itemsize: int, model: NeuronModel, sequences: int, n: int, steps: int,
+        aligned: bool, /,
+    ) -> Shape:  # fmt: skip
+        """How a kernel walks `n` neurons and `steps` time steps."""
 
 
 def steps_between_checkpoints(steps: int, model: NeuronModel) -> int:

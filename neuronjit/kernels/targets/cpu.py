@@ -18,6 +18,7 @@ import torch
 from ...cache.folders import Untrusted
 from ...errors import BackendError, CompileError, SpecError, known
 from ...models.model import NeuronModel
+from ...settings import cxx
 from . import scratch
 from .base import MOST_TERMS, Shape, debug, first_lines, keep_source, steps_between_checkpoints
 from .binary import SHARED, why_not_elf
@@ -59,7 +60,7 @@ def why_unavailable() -> str | None:
 
 def compiler() -> list[str]:
     """The command of the host compiler: $CXX, else g++ or clang++. Raises BackendError."""
-    chosen = os.environ.get("CXX", "").strip()
+    chosen = cxx()
     words, reason = _compiler(chosen, os.environ.get("PATH", os.defpath))
     if reason:
         raise BackendError(reason)

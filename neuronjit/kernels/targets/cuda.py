@@ -61,7 +61,7 @@ def _nvrtc() -> Any:
 
 
 @cache
-def arch(device: int) -> str:
+def arch(device: int = 0) -> str:
     """The device's architecture, e.g. "sm_90"."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
