@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -52,6 +54,32 @@ def expect(value: Any, kind: type, what: str) -> Any:
     if type(value) is not kind:
         raise SpecError(f"{what} must be {kind.__name__}, got {type(value).__name__}")
     return value
+
+
+def expect_number(
+    value: Any,
+    what: str,
+    *,
+    kind: str = "a number",
+    most: float = sys.float_info.max,
+    rule: str = "must be finite",
+) -> float:
+    """The value as a float: any number, but no bool and no text, though float() takes them.
+
+    Raises InputTypeError for what is none, SpecError for one that is greater than `most` or NaN.
+    """
+    try:
+        if isinstance(value, bool | str | bytes):
+            raise TypeError
+        number = float(value)
+    except OverflowError:
+        number = math.inf  # an int too large to be a float
+    except (TypeError, ValueError):
+        given = f"{ascii(value)[:60]} ({type(value).__name__})"
+        raise InputTypeError(f"{what} must be {kind}, got {given}") from None
+    if not abs(number) <= most:
+        raise SpecError(f"{what} {rule}, got {number}")
+    return number
 
 
 def expect_fields(data: Any, kinds: Mapping[str, type], what: str) -> dict[str, Any]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import EquationError, InputTypeError, SpecError, expect, expect_fields, known
+from ..errors import (
+    EquationError,
+    expect,
+    expect_fields,
+    expect_number,
+    known,
+)
 from ..immutable import Immutable, ReadOnly
 from ..language.parse import check_label, check_name, parse_block, plain
 from ..language.tree import Statement
@@ -72,8 +77,8 @@ class NeuronModel(Immutable):
     ) -> None:
         check_label(name, "model name")
         this = f"model '{name}'"
-        state = {check_name(k, "state"): _number(k, v) for k, v in state.items()}
-        params = {check_name(k, "parameter"): _number(k, v) for k, v in (params or {}).items()}
+        state = {check_name(k, "state"): _default(k, v) for k, v in state.items()}
+        params = {check_name(k, "parameter"): _default(k, v) for k, v in (params or {}).items()}
         params = {**params, **{k: v for k, v in _EVERY_MODELS.items() if k not in params}}
         positive = frozenset(positive)
         for key in [*state, *params]:
@@ -144,12 +149,8 @@ class NeuronModel(Immutable):
         return f"NeuronModel('{self.name}', state={self.state}, params={self.params})"
 
 
-def _number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputTypeError(f"{key}: a default must be a number, got {type(value).__name__}")
-    if not abs(value) <= sys.float_info.max:  # an int may be too large to be a float
-        raise SpecError(f"{key}: a default must be finite, got {ascii(value)[:80]}")
-    return float(value)
+def _default(key: str, value: Any) -> float:
+    return expect_number(value, f"{key}: a default")
 
 
 def _check_block(

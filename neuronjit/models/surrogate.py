@@ -7,16 +7,14 @@ same surrogate with other numbers, `ATan(alpha=3.0)`; as kernel arguments, they 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import InputTypeError, SpecError, expect_fields, known
+from ..errors import SpecError, expect_fields, expect_number, known
 from ..immutable import Immutable, ReadOnly
 from ..language.parse import check_label, check_name, parse_expression, plain
 from ..language.tree import Node
 
-_NO_NUMBERS = bool, str, bytes  # though float() takes them
 _ANOTHER = "({change}) gives another one"
 
 
@@ -90,18 +88,7 @@ class Surrogate(Immutable):
             this = f"surrogate '{self.name}'"
             if key not in numbers:
                 raise SpecError(f"{this} has no parameter '{key}'. {known(numbers)}")
-            try:
-                if isinstance(value, _NO_NUMBERS):
-                    raise TypeError
-                number = float(value)
-            except OverflowError:
-                raise SpecError(f"{this}: {key} must be finite") from None
-            except (TypeError, ValueError):
-                reason = f"{this}: {key} must be a number, got {value!r:.80}"
-                raise InputTypeError(reason) from None
-            if not abs(number) <= sys.float_info.max:
-                raise SpecError(f"{this}: {key} must be finite, got {number}")
-            numbers[key] = number
+            numbers[key] = expect_number(value, f"{this}: {key}")
         if not spiking and self.primitive is None:
             reason = "has no primitive, so spiking=False has no output to give"
             raise SpecError(f"surrogate '{self.name}' {reason}")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from ..errors import DifferentiationError, InputTypeError, SpecError, known
+from ..errors import DifferentiationError, InputTypeError, SpecError, expect_number, known
 from ..kernels.spec import DTYPES, NAMES
 from ..models.block import RESETS
 from ..models.model import NeuronModel
@@ -143,18 +143,10 @@ def check_value(model: NeuronModel, name: str, value: Any, x: Tensor) -> float |
 
 def check_number(model: NeuronModel, name: str, value: Any, dtype: torch.dtype) -> float:
     """The number that was given for a state or parameter. Raises InputTypeError, SpecError."""
-    try:
-        if isinstance(value, bool | str | bytes):
-            raise TypeError
-        number = float(value)
-    except OverflowError:
-        number = float("inf")  # an int too large to be a float
-    except (TypeError, ValueError):
-        raise InputTypeError(
-            f"{name} must be a number or a tensor, got {type(value).__name__}"
-        ) from None
-    if not abs(number) <= torch.finfo(arithmetic(dtype)).max:
-        raise SpecError(f"{name} must be finite and fit {arithmetic(dtype)}, got {number}")
+    real = arithmetic(dtype)
+    rule = f"must be finite and fit {real}"
+    most = torch.finfo(real).max
+    number = expect_number(value, name, kind="a number or a tensor", most=most, rule=rule)
     if name in model.positive and not number > 0:
         raise SpecError(f"{name} must be finite and > 0, got {number}")
     return number
