@@ -57,6 +57,12 @@ def direct_apply(function: Any) -> Any:
     return getattr(super(torch.autograd.Function, function), "apply", function.apply)
 
 
+# inside an operator's own derivative: the operator itself, as if nothing required grad
+below_autograd: Callable[[], AbstractContextManager[Any]] = _named(
+    "_C._AutoDispatchBelowAutograd", torch.no_grad
+)
+
+
 def autograd_again() -> AbstractContextManager[Any]:
     """Inside an operator, which runs below autograd: record operations again."""
     guard = _named("_C._SetExcludeDispatchKeyGuard", None)

@@ -510,6 +510,7 @@ def test_p20_interrupts_and_timeouts_leave_nothing(base, monkeypatch, script):
         try:
             _compile_for_ever(1)
         except KeyboardInterrupt:
+            _until(lambda: not _compilers(place))  # killed, but not yet gone
             return _left(place), _compilers(place)
 
     for _ in range(5):

@@ -177,7 +177,7 @@ class _Multistep(torch.autograd.Function):
         results = backward(ctx.plan, x, checkpoints, tensors, grads, wanted)
         if torch.is_grad_enabled():  # create_graph: an error only if somebody differentiates again
             arrived = [grad for grad in grads if grad is not None]
-            results = [r if r is None else _Once.apply(r, x, *arrived, *tensors) for r in results]  # type: ignore[no-untyped-call]
+            results = once(results, [x, *arrived, *tensors])
         return (None, *results)
 
 
@@ -204,6 +204,11 @@ def _graph_is_gone(ctx: Any, grads: Sequence[Tensor | None], error: RuntimeError
 
 # outside of torch.func; within it, the usual apply says what is wrong
 _apply: Any = direct_apply(_Multistep)
+
+
+def once(results: Sequence[Any], inputs: Sequence[Tensor]) -> list[Any]:
+    """Gradients that depend on these inputs, but raise where somebody differentiates them."""
+    return [r if r is None else _Once.apply(r, *inputs) for r in results]  # type: ignore[no-untyped-call]
 
 
 class _Once(torch.autograd.Function):

@@ -23,7 +23,9 @@ from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
 from ..neurons import as_model
 from ..surrogates import as_surrogate
+from ..torch_private import below_autograd
 from . import checks
+from .autograd import once
 from .call import Call, Output, Values, as_backend, as_state, exact, settle, signature
 from .plan import (
     EagerPlan,
@@ -152,7 +154,8 @@ def _read(text: str) -> _Told:
         said["final_state"],
         "auto",
     )
-    return _Told(call, said["backend"], tuple(said["tensors"]), tuple(said["changing"]))
+    backend = None if said["backend"] is None else as_backend(said["backend"])
+    return _Told(call, backend, tuple(said["tensors"]), tuple(said["changing"]))
 
 
 def _joined(lines: list[str]) -> str:
@@ -166,7 +169,7 @@ def _find(
     told = _read(text)
     own = tensors[: len(told.names)]
     alphas = [t.item() for t in tensors[len(told.names) :]]
-    backend = as_backend(told.backend)
+    backend = told.backend or as_backend(None)
     key = (
         text, backend, *map(exact, numbers), *map(exact, alphas), signature(x),
         *map(signature, own),
@@ -228,7 +231,19 @@ def _promised(x: Tensor, outputs: Sequence[Tensor], finals: int) -> list[Tensor]
     return [_restride(t, state if 1 <= i <= finals else plain) for i, t in enumerate(outputs)]
 
 
-@torch.library.custom_op("neuronjit::forward", mutates_args=())
+# Defined, and differentiated, one step below torch.library.custom_op and register_autograd: those
+# take 35 microseconds a call for what is below in a few lines.
+_operators = torch.library.Library("neuronjit", "DEF")
+_operators.define(
+    "forward(Tensor x, Tensor[] tensors, float[] numbers, bool save, str call) -> Tensor[]"
+)
+_operators.define(
+    "backward(Tensor x, Tensor checkpoints, Tensor[] tensors, Tensor?[] grads, float[] numbers,"
+    " bool[] wanted, str call) -> Tensor[]"
+)
+
+
+@torch.library.impl(_operators, "forward", "CompositeExplicitAutograd")
 def _forward(
     x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float], save: bool, call: str
 ) -> list[Tensor]:
@@ -251,7 +266,7 @@ def _forward(
     return [*_promised(x, outputs, finals), _checkpoints(x, plan.call.model, save)]
 
 
-@_forward.register_fake
+@torch.library.register_fake("neuronjit::forward")  # type: ignore[untyped-decorator]
 def _(
     x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[float], save: bool, call: str
 ) -> list[Tensor]:
@@ -263,7 +278,7 @@ def _(
     return [torch.empty_like(x), *ends, *sequences, _checkpoints(x, told.call.model, save)]
 
 
-@torch.library.custom_op("neuronjit::backward", mutates_args=())
+@torch.library.impl(_operators, "backward", "CompositeExplicitAutograd")
 def _backward(
     x: Tensor,
     checkpoints: Tensor,
@@ -279,27 +294,23 @@ def _backward(
     ready, others = plan.prepare(x, own)
     results = backward(plan, ready, held, others, grads, asked)
     results += [None] * (len(tensors) - len(own))
-    return _promised_gradients(x, tensors, results, wanted)
-
-
-def _promised_gradients(
-    x: Tensor, tensors: Sequence[Tensor], results: Sequence[Tensor | None], wanted: Sequence[bool]
-) -> list[Tensor]:
-    """One of each input's shape, and an empty tensor for what nobody wants."""
-    given: list[Tensor] = []
-    for t, grad, want in zip((x, *tensors), results, wanted, strict=True):
-        if not want:
-            given.append(t.new_empty(0))
-        elif grad is None:
-            given.append(torch.zeros_like(t))
-        else:
-            given.append(grad.sum_to_size(t.shape).to(t.dtype))
-    if wanted[0]:
+    inputs = zip((x, *tensors), results, wanted, strict=True)
+    given = [_promised_gradient(*of_one) for of_one in inputs]
+    if wanted[0] and not (isinstance(plan, KernelPlan) and not plan.copies):
         given[0] = _restride(given[0], torch.empty_like(x, device="meta"))
     return [given[0], *[g.contiguous() for g in given[1:]]]
 
 
-@_backward.register_fake
+def _promised_gradient(t: Tensor, grad: Tensor | None, wanted: bool) -> Tensor:
+    """The gradient in its input's shape and dtype; an empty tensor where nobody wants it."""
+    if not wanted:
+        return t.new_empty(0)
+    if grad is None:
+        return torch.zeros_like(t)
+    return grad.sum_to_size(t.shape).to(t.dtype)
+
+
+@torch.library.register_fake("neuronjit::backward")  # type: ignore[untyped-decorator]
 def _(
     x: Tensor,
     checkpoints: Tensor,
@@ -316,35 +327,66 @@ def _(
 # --- gradients ------------------------------------------------------------------------------------
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, tensors, ctx.numbers, ctx.save, ctx.call = inputs
-    ctx.save_for_backward(x, output[-1], *tensors)
-    ctx.set_materialize_grads(False)
+class _Differentiable(torch.autograd.Function):
+    """The operator `forward`, with `backward` as its derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, numbers: list[float], save: bool, call: str, x: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        with below_autograd():
+            outputs = torch.ops.neuronjit.forward(x, tensors, numbers, save, call)
+        ctx.numbers, ctx.save, ctx.call = numbers, save, call
+        ctx.save_for_backward(x, outputs[-1], *tensors)
+        ctx.mark_non_differentiable(outputs[-1])
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not ctx.save:
+            raise DifferentiationError(
+                "this graph was made for inference: no input or parameter required grad; export or"
+                " compile it with one that does"
+            )
+        x, checkpoints, *tensors = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[3:])
+        given: list[Tensor | None] = [None for _ in wanted]
+        if any(grad is not None for grad in grads[:-1]):
+            results = torch.ops.neuronjit.backward(
+                x, checkpoints, tensors, grads[:-1], ctx.numbers, wanted, ctx.call
+            )
+            given = [grad if want else None for grad, want in zip(results, wanted, strict=True)]
+        return None, None, None, *given
 
 
-def _gradient(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    if not ctx.save:
-        raise DifferentiationError(
-            "this graph was made for inference: no input or parameter required grad; export or"
-            " compile it with one that does"
+def _want_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+@torch.library.impl(_operators, "forward", "Autograd")
+def _(
+    x: Tensor, tensors: Sequence[Tensor], numbers: list[float], save: bool, call: str
+) -> list[Tensor]:
+    if _want_grad(x, *tensors):
+        return [*_Differentiable.apply(numbers, save, call, x, *tensors)]  # type: ignore[no-untyped-call]
+    with below_autograd():
+        return torch.ops.neuronjit.forward(x, tensors, numbers, save, call)  # type: ignore[no-any-return]
+
+
+@torch.library.impl(_operators, "backward", "Autograd")
+def _(
+    x: Tensor,
+    checkpoints: Tensor,
+    tensors: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    numbers: Sequence[float],
+    wanted: Sequence[bool],
+    call: str,
+) -> list[Tensor]:
+    with below_autograd():
+        results: list[Tensor] = torch.ops.neuronjit.backward(
+            x, checkpoints, tensors, grads, numbers, wanted, call
         )
-    x, checkpoints, *tensors = ctx.saved_tensors
-    none: Any = None if ctx.numbers else []  # torch takes an empty list for one of tensors
-    wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
-    if all(grad is None for grad in grads[:-1]):
-        return None, [None] * len(tensors), none, None, None
-    results = torch.ops.neuronjit.backward(
-        x, checkpoints, tensors, grads[:-1], ctx.numbers, wanted, ctx.call
-    )
-    given = [grad if want else None for grad, want in zip(results, wanted, strict=True)]
-    return given[0], given[1:], none, None, None
-
-
-def _no_second(ctx: Any, grads: list[Tensor | None]) -> Any:
-    raise DifferentiationError(
-        "the kernels have first derivatives only; use backend='eager' for a second derivative"
-    )
-
-
-_forward.register_autograd(_gradient, setup_context=_keep)
-_backward.register_autograd(_no_second)
+    given = [grad for grad in grads if grad is not None]
+    return once(results, [x, *given, *tensors]) if _want_grad(x, *given, *tensors) else results

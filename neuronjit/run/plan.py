@@ -179,48 +179,43 @@ class EagerPlan:
         return [None if g is None else g.clone() for g in each]
 
 
-Members = Mapping[str, Mapping[str, float] | float]  # of an argument struct: group -> by name
+Member = tuple[str, str]  # of an argument struct: its group, and whose it is there
+_ALONE = ""  # whose a member is that is no array
 
 
 class _Launch:
-    """A loaded kernel, and how a call's argument is packed for it.
+    """A loaded kernel, and how a call's argument is packed for it."""
 
-    `fixed` are those groups of the argument that are the same in every call.
-    """
-
-    def __init__(self, spec: KernelSpec, kernel: Kernel, fixed: Members) -> None:
+    def __init__(
+        self,
+        spec: KernelSpec,
+        kernel: Kernel,
+        given: Sequence[Member],
+        fixed: Mapping[str, Mapping[str, float]],
+    ) -> None:
+        """`given` are the members that each call has, `fixed` the last groups, always the same."""
         groups = spec.arguments
         self.run = kernel.launch
         self.blocks = kernel.blocks
         self._pack = struct.Struct("@" + "".join(g.count * g.code for g in groups) + "0q").pack
-        # in the order of the groups: the names of one that each call gives; or numbers as they are
-        self._parts: list[tuple[str, tuple[str, ...] | None, list[float]]] = []
-        for group in groups:
-            if group.name not in fixed:
-                self._parts.append((group.name, group.of, []))
-                continue
-            if not self._parts or self._parts[-1][0]:
-                self._parts.append(("", None, []))
-            self._parts[-1][2].extend(_in_order(fixed[group.name], group.of))
+        members = [(g.name, name) for g in groups for name in g.of or (_ALONE,)]
+        varying = [member for member in members if member[0] not in fixed]
+        self._order = [given.index(member) for member in varying]
+        self._fixed = [fixed[group][name] for group, name in members[len(varying) :]]
 
-    def pack(self, members: Members) -> bytes:
-        """The kernel's argument, with `members` for the groups that are not fixed."""
-        packed: list[float] = []
-        for group, names, fixed in self._parts:
-            packed += fixed or _in_order(members[group], names)
-        return self._pack(*packed)
-
-
-def _in_order(member: Mapping[str, float] | float, names: Sequence[str] | None) -> list[float]:
-    if names is None:
-        return [member]  # type: ignore[list-item]
-    return [member[name] for name in names]  # type: ignore[index]
+    def pack(self, given: Sequence[int]) -> bytes:
+        """The kernel's argument."""
+        return self._pack(*[given[i] for i in self._order], *self._fixed)
 
 
 class _Arriving(NamedTuple):
+    """What of a backward call depends on which gradients arrive and which are wanted."""
+
     sequences: tuple[str, ...]  # whose gradients arrive
     learned: tuple[str, ...]  # parameters whose gradient is wanted
     summed: tuple[str, ...]  # those of them that all neurons share
+    members: tuple[Member, ...]  # of the argument, in the order in which `backward` lists them
+    launches: dict[bool, _Launch]  # by whether all addresses are aligned
 
 
 class KernelPlan:
@@ -264,8 +259,20 @@ class KernelPlan:
         # of the checkpoints: [count, states, n], and two more: see `graph`, which has any T
         size = torch.Size([(self.T - 1) // k * len(self.states) * self.n + 2])
         self._saved = (size, self.real, self.device, (1,)) if k < self.T else None
-        self._nowhere = dict.fromkeys(self.states, 0)
-        self._launches: dict[Any, _Launch] = {}
+        self._no_states = (0,) * len(self.states)
+        # the members of an argument that a call gives, in the order in which it lists them
+        self._members: list[Member] = []
+        if given:
+            self._members += [("start", z) for z in self.states]
+            self._members += [("each" if p in self.repeats else "shared", p) for p in self.params]
+        self._forward_members = (
+            ("in", "x"),
+            *(("out", name) for name in ("s", *call.record)),
+            *(("last", z) for z in self.states),
+            ("checkpoints", _ALONE),
+            *self._members,
+        )
+        self._launches: dict[bool, _Launch] = {}  # of forward, by whether addresses are aligned
         self._arrivals: dict[Any, _Arriving] = {}
 
     def prepare(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
@@ -291,26 +298,18 @@ class KernelPlan:
         spikes = torch.empty_like(x)
         lasts = [self._empty_state() for _ in self.final]
         records = [torch.empty_like(x) for _ in self.call.record]
-        given, alive = self._addresses(tensors)
-        read = x.data_ptr()
-        out = {"s": spikes.data_ptr()}
-        for name, t in zip(self.call.record, records, strict=True):
-            out[name] = t.data_ptr()
-        if not read or 0 in out.values():
-            check_memory(["x_seq", "the output"], [x, spikes])
-        last = self._nowhere
-        if lasts:
-            last = {z: t.data_ptr() for z, t in zip(self.states, lasts, strict=True)}
-        aligned = not reduce(or_, (read, *out.values(), *last.values(), *given.values())) & 15
-        launch = self._launches.get(aligned) or self._load(aligned, aligned, "forward")
         checkpoints = None
         if save and self._saved is not None:
             checkpoints = torch.empty(self._saved[0], dtype=self.real, device=self.device)
-        members: Members = {
-            "in": {"x": read}, "out": out, "last": last, "checkpoints": _pointer(checkpoints),
-            "start": given, "each": given, "shared": given,
-        }  # fmt: skip
-        launch.run(launch.pack(members), self.n, self.T)
+        given, alive = self._addresses(tensors)
+        pointers = [x.data_ptr(), spikes.data_ptr(), *[t.data_ptr() for t in records]]
+        if 0 in pointers:
+            check_memory(["x_seq", "the output"], [x, spikes])
+        pointers += [t.data_ptr() for t in lasts] if lasts else self._no_states
+        pointers += (_pointer(checkpoints), *given)
+        aligned = not reduce(or_, pointers) & 15
+        launch = self._launches.get(aligned) or self._load(aligned)
+        launch.run(launch.pack(pointers), self.n, self.T)
         del alive
         return [spikes, *lasts, *records], checkpoints
 
@@ -332,7 +331,6 @@ class KernelPlan:
         if checkpoints is not None and self._saved is not None:
             checkpoints = _as_saved("the checkpoints", checkpoints, self._saved)
         arriving = self._arriving(tuple([g is not None for g in grads]), tuple(wanted))
-        sequences, learned, summed = arriving
         last = 1 + len(self.final)
         arrived = [
             self._arrived(g, x.shape, x.stride(), self.dtype)
@@ -346,33 +344,24 @@ class KernelPlan:
         x_grad = torch.empty_like(x) if wanted[0] else None
         own: dict[str, Tensor] = {}
         for name, want in zip(self.given, wanted[1:], strict=True):
-            if want and name not in summed:
+            if want and name not in arriving.summed:
                 own[name] = self._empty_state()
         given, alive = self._addresses(tensors)
-        read = {"x": x.data_ptr()}
-        if not read["x"]:
+        pointers = [x.data_ptr(), *[g.data_ptr() for g in arrived], _pointer(x_grad)]
+        if not pointers[0]:
             check_memory(["x_seq"], [x])
-        for name, grad in zip(sequences, arrived, strict=True):
-            read[name] = grad.data_ptr()
-        out, kept = _pointer(x_grad), _pointer(checkpoints)
-        after = self._nowhere
-        if ends:
-            after = {z: _pointer(grad) for z, grad in zip(self.states, ends, strict=True)}
-        found = {**self._nowhere, **{name: grad.data_ptr() for name, grad in own.items()}}
-        pointers = *read.values(), out, *after.values(), *found.values(), kept, *given.values()
+        pointers += [_pointer(g) for g in ends] if ends else self._no_states
+        pointers += [_pointer(own.get(z)) for z in self.states] if own else self._no_states
+        pointers += (_pointer(checkpoints), *given)
+        pointers += [own[p].data_ptr() for p in arriving.learned if p in own]
         aligned = not reduce(or_, pointers) & 15
-        key = (aligned, sequences, learned)
-        launch = self._launches.get(key) or self._load(key, aligned, "backward", sequences, learned)
+        launch = arriving.launches.get(aligned) or self._load(aligned, arriving)
         partials = None
-        if summed:
+        if summed := arriving.summed:
             size = (len(summed), launch.blocks(self.n))
             partials = torch.empty(size, dtype=self.real, device=self.device)
-        members: Members = {
-            "in": read, "out": {"x": out}, "last_grad": after, "start_grad": found,
-            "checkpoints": kept, "each_grad": found, "partials": _pointer(partials),
-            "start": given, "each": given, "shared": given,
-        }  # fmt: skip
-        launch.run(launch.pack(members), self.n, self.T)
+            pointers.append(partials.data_ptr())
+        launch.run(launch.pack(pointers), self.n, self.T)
         del alive
         if not self.given:
             return [x_grad]
@@ -393,9 +382,18 @@ class KernelPlan:
             want = {name for name, w in zip(self.given, wanted[1:], strict=True) if w}
             learned = tuple(p for p in self.params if p in want)
             summed = tuple(p for p in learned if p not in self.repeats)
-            self._arrivals[key] = _Arriving(
-                tuple(n for n, here in present if here), learned, summed
+            sequences = tuple(n for n, here in present if here)
+            members = (
+                *(("in", name) for name in ("x", *sequences)),
+                ("out", "x"),
+                *(("last_grad", z) for z in self.states),
+                *(("start_grad", z) for z in self.states),
+                ("checkpoints", _ALONE),
+                *self._members,
+                *(("each_grad", p) for p in learned if p not in summed),
+                ("partials", _ALONE),
             )
+            self._arrivals[key] = _Arriving(sequences, learned, summed, members, {})
         return self._arrivals[key]
 
     def _as_planned(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
@@ -439,11 +437,11 @@ class KernelPlan:
             check_memory(["a gradient that arrives"], [grad])
         return grad
 
-    def _addresses(self, tensors: Sequence[Tensor]) -> tuple[dict[str, int], list[Tensor]]:
-        """Where states and parameters lie, 0 for numbers; and what must live until the launch."""
+    def _addresses(self, tensors: Sequence[Tensor]) -> tuple[Sequence[int], list[Tensor]]:
+        """Where `_members` lie, 0 for numbers; and what must stay alive until the launch."""
         alive: list[Tensor] = []
         if not self.given:
-            return {}, alive
+            return (), alive
         addresses = dict.fromkeys(self.numbers, 0)
         for name, tensor in zip(self.given, tensors, strict=True):
             if not tensor.data_ptr():
@@ -452,47 +450,43 @@ class KernelPlan:
                 tensor = self.repeats[name].elements(tensor.detach(), self.shape, self.strides)
                 alive.append(tensor)
             addresses[name] = tensor.data_ptr()
-        return addresses, alive
+        return [*addresses.values()], alive
 
     def _empty_state(self) -> Tensor:
         return torch.empty_strided(self.shape, self.strides, dtype=self.real, device=self.device)
 
-    def _load(
-        self,
-        key: Any,
-        aligned: bool,
-        direction: str,
-        arriving: tuple[str, ...] = (),
-        learned: tuple[str, ...] = (),
-    ) -> _Launch:
-        call = self.call
-        sequences = len(arriving if direction == "backward" else call.record)
+    def _load(self, aligned: bool, arriving: _Arriving | None = None) -> _Launch:
+        """The kernel for these gradients that arrive, the one of forward for None."""
+        call, direction, sequences = self.call, "forward", self.call.record
+        learned: tuple[str, ...] = ()
+        launches, members = self._launches, self._forward_members
+        if arriving:
+            direction, (sequences, learned, _, members, launches) = "backward", arriving
         shape = targets.by_name(self.target).shape(
-            direction, self.dtype.itemsize, call.model, sequences, self.n, self.T, aligned
+            direction, self.dtype.itemsize, call.model, len(sequences), self.n, self.T, aligned
         )
         spec = KernelSpec.of(
             call.model, self.target, direction, call.surrogate, call.reset, call.detach_reset,
             NAMES[self.dtype], per_neuron=self.per_neuron, learned=learned, record=call.record,
-            arriving=arriving, **shape._asdict(),
+            arriving=sequences if arriving else (), **shape._asdict(),
         )  # fmt: skip
         kernel = build.load_kernel(spec, self.device.index or 0)
-        launch = _Launch(spec, kernel, self._fixed(spec))
-        return self._launches.setdefault(key, launch)
+        launch = _Launch(spec, kernel, members, self._fixed(spec))
+        return launches.setdefault(aligned, launch)
 
-    def _fixed(self, spec: KernelSpec) -> Members:
-        """What is the same in every call of the plan."""
-        fixed: dict[str, Mapping[str, float] | float] = {
+    def _fixed(self, spec: KernelSpec) -> dict[str, Mapping[str, float]]:
+        """The groups of the argument that are the same in every call of the plan."""
+        nowhere = dict.fromkeys(self.numbers, 0)
+        return {
+            **({} if self.given else {"start": nowhere, "shared": nowhere}),
             "inner": {p: self.repeats[p].inner for p in spec.each},
             "count": {p: self.repeats[p].period for p in spec.each},
-            "N": self.n,
+            "N": {_ALONE: self.n},
             "start_value": self.numbers,
             "shared_value": self.numbers,
             "surrogate": self.call.surrogate.params,
-            "T": self.T,
+            "T": {_ALONE: self.T},
         }
-        if not self.given:
-            fixed |= dict.fromkeys(("start", "shared"), dict.fromkeys(self.numbers, 0))
-        return fixed
 
 
 _CHANGED = (
