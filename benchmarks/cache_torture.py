@@ -65,7 +65,7 @@ def p2(base: Path, quick: bool) -> Figures:
         try:
             arch = arch or targets.by_name(target).arch()
             spec = KernelSpec(nj.neurons.LIF, target, "forward", "float32", "hard")
-            entry = build.build(spec, arch)
+            entry = build.entry(spec, arch)
         except nj.NeuronJitError as error:
             total[target] = f"not made here: {str(error).splitlines()[0][:80]}"
             continue

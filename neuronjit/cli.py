@@ -180,7 +180,7 @@ def _prebuild(args: argparse.Namespace) -> int:
     work = ahead.jobs(wanted, chosen, args.targets or (), args.archs or ())
     start, before = time.perf_counter(), build.stats()
     with progress(len(work)) as advance:
-        built, failed = ahead.build_all(work, args.jobs, advance)
+        built, failed = ahead.prebuild(work, args.jobs, advance)
     seconds, after = time.perf_counter() - start, build.stats()
     there = {entry.key: entry.size for entry in admin.entries() if not entry.problem}
     keys = {entry.key for entry in built}

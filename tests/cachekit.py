@@ -75,7 +75,7 @@ def right(entry, number):
 
 
 def get(number, size=3000, built=None, pause=0.0):
-    """load_or_build; each build adds a byte to the file `built`, whatever process it is in."""
+    """load_or_make; each build adds a byte to the file `built`, whatever process it is in."""
 
     def build():
         if built:
@@ -84,7 +84,7 @@ def get(number, size=3000, built=None, pause=0.0):
         time.sleep(pause)
         return toy(number, size)
 
-    return store.load_or_build(key(number), build)
+    return store.load_or_make(key(number), build)
 
 
 def forget():

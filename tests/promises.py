@@ -113,7 +113,7 @@ def p2_flips(directory, entry, offsets=None, random_flips=200, heal_every=100):
         accepted += store.load(entry.key) is not None
         if tried % heal_every == 0:
             heals += 1
-            made = store.load_or_build(entry.key, lambda: entry)
+            made = store.load_or_make(entry.key, lambda: entry)
             loaded = store.load(entry.key)
             healed += made is entry and loaded is not None and loaded.binary == entry.binary
             path.write_bytes(sound)
@@ -314,7 +314,7 @@ def p7_holders(directory, timeout=1.0):
                 started.write_text(str(child))
                 time.sleep(timeout + 60)
 
-            store.load_or_build(key(1), build)
+            store.load_or_make(key(1), build)
 
         def wait():
             with (
@@ -423,7 +423,7 @@ def p9_many(directory, kernels):
     wrong, before, libraries = 0, len(os.listdir("/proc/self/fd")), []
     for turn in range(2):
         for number in range(kernels):
-            entry = store.load_or_build(key(number), lambda number=number: _library(code, number))
+            entry = store.load_or_make(key(number), lambda number=number: _library(code, number))
             libraries.append(_dlopen(entry.binary))
             wrong += libraries[-1].answer() != number
         if turn == 0:
@@ -441,7 +441,7 @@ def p16_cost(directory, times=200):
     code = shared_object(directory)
     use(Path(directory, "cache"))
     entry = _library(code, 1)
-    store.load_or_build(entry.key, lambda: entry)
+    store.load_or_make(entry.key, lambda: entry)
     stored = Path(directory, "cache", entry.key).read_bytes()
 
     def median(work):

@@ -44,9 +44,9 @@ def test_what_is_stored_is_what_is_loaded(place):
     entry = toy(1)
     assert store.load(entry.key) is None
     assert not place.exists()  # looking makes no directories
-    assert store.load_or_build(entry.key, lambda: entry) is entry
+    assert store.load_or_make(entry.key, lambda: entry) is entry
     assert store.load(entry.key) == entry
-    assert store.load_or_build(entry.key, lambda: pytest.fail("built again")) == entry
+    assert store.load_or_make(entry.key, lambda: pytest.fail("built again")) == entry
     assert store.counts() == {
         "misses": 2,
         "hits": 2,
@@ -122,7 +122,7 @@ def test_a_failed_build_is_never_remembered(place):
 
     for _ in range(3):
         with pytest.raises(Broken):
-            store.load_or_build(key(1), fail)
+            store.load_or_make(key(1), fail)
         assert not place.exists() or os.listdir(place) == []
     assert right(get(1), 1)
     assert right(store.load(key(1)), 1)
@@ -133,7 +133,7 @@ def test_an_entry_that_could_not_be_verified_is_refused(place):
     without = entries.Entry(entry.key, {"request": request(1)}, "", b"")
     for wrong in (toy(2), without):
         with pytest.raises(ValueError, match=r"fingerprint|built for"):
-            store.load_or_build(key(1), lambda wrong=wrong: wrong)
+            store.load_or_make(key(1), lambda wrong=wrong: wrong)
     assert os.listdir(place) == []
 
 
@@ -149,7 +149,7 @@ def test_what_is_too_large_stays_in_memory(place, monkeypatch):
 def test_metadata_that_no_list_could_read_is_not_written(place):
     entry = toy(1, note="x" * entries.HEAD)
     with heard() as texts:
-        assert store.load_or_build(key(1), lambda: entry) is entry
+        assert store.load_or_make(key(1), lambda: entry) is entry
     assert len(texts) == 1 and "too large" in texts[0]
     assert os.listdir(place) == []
 
@@ -274,7 +274,7 @@ def test_a_directory_that_vanishes_is_made_again(place):
         return toy(1)
 
     with heard() as texts:
-        store.load_or_build(key(1), build)
+        store.load_or_make(key(1), build)
     assert texts == [] and right(store.load(key(1)), 1)
 
 
@@ -303,7 +303,7 @@ def test_find_takes_any_compiler_but_the_very_request_and_arch(tmp_path, place):
         meta = {"request": request(7), "fingerprint": fingerprint, "target": "cpu", "arch": arch}
         name = store.make_key(request(7), fingerprint)
         entry = entries.Entry(name, meta, "", bytes([number]))
-        store.load_or_build(name, lambda entry=entry: entry)
+        store.load_or_make(name, lambda entry=entry: entry)
     assert store.find(request(7), "cpu", "v4").binary == b"\1"
     assert store.find(request(7), "cpu", "v3").binary in (b"\0", b"\2")
     assert store.find(request(7), "cuda", "v3") is None
@@ -359,7 +359,7 @@ def test_clear_by_age_model_and_version(place):
     def fill():
         for number, (model, version) in enumerate([("lif", "1"), ("lif", "2"), ("qif", "2")]):
             entry = toy(number, model=model, versions={"neuronjit": version})
-            store.load_or_build(entry.key, lambda entry=entry: entry)
+            store.load_or_make(entry.key, lambda entry=entry: entry)
         os.utime(place / key(0), (1000, 1000))
 
     def left():
@@ -575,7 +575,7 @@ def test_a_child_that_leaves_a_build_does_not_unlock_its_parent(place, tmp_path)
 
         parent = os.getpid()
         try:
-            store.load_or_build(key(1), build)
+            store.load_or_make(key(1), build)
         except SystemExit:
             os._exit(0)
         return os.getpid() == parent

@@ -95,7 +95,7 @@ def test_who_waits_for_what_cannot_be_published_builds_at_once(place, tmp_path, 
 
     def work(index):
         with patched(folders.Folder, write=write), heard() as texts:
-            good = right(store.load_or_build(key(1), build), 1)
+            good = right(store.load_or_make(key(1), build), 1)
         return good, together, len(texts)
 
     found = crowd(crew, work)
@@ -126,7 +126,7 @@ def test_p20_locks_of_the_killed_are_swept(place, tmp_path):
     """200 holders are killed in the middle of a build; then one sound call."""
 
     def die(number):
-        store.load_or_build(key(number), lambda: os.kill(os.getpid(), 9))
+        store.load_or_make(key(number), lambda: os.kill(os.getpid(), 9))
 
     for first in range(0, 200, 20):
         children = [Child(die, number) for number in range(first, first + 20)]

@@ -85,7 +85,7 @@ def hostile_entry():
     meta = {"request": "0" * 64, "fingerprint": {}, "target": "cpu", "arch": "[bold]x[/bold]"}
     meta |= {"symbol": "\x1b[31mred\x1b]0;title\x07\x9b1m\u202etxt\n", "model": "a\rb"}
     key = store.make_key(meta["request"], {})
-    return store.load_or_build(key, lambda: store.Entry(key, meta, "int x; // \x1b[2J\n", b"\0"))
+    return store.load_or_make(key, lambda: store.Entry(key, meta, "int x; // \x1b[2J\n", b"\0"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

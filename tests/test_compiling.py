@@ -141,14 +141,14 @@ WAYS = ["half", "empty", "other symbol", "other machine", "needs a library that 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_p17_a_whole_entry_that_does_not_load_is_rebuilt_once(base, way):
-    entry = build.build(SPEC, cpu.arch())
+    entry = build.entry(SPEC, cpu.arch())
     broken = damaged(entry.binary, way)
     assert broken != entry.binary
     path = base / "cache" / entry.key
     path.unlink()
     cachekit.forget()
     planted = store.Entry(entry.key, entry.meta, entry.source, broken)
-    store.load_or_build(entry.key, lambda: planted)
+    store.load_or_make(entry.key, lambda: planted)
     found = [finding.key for finding in admin.verify(build.why_no_kernel)[1]]
     assert found == ([] if "gone" in way else [entry.key])  # who verifies may be another machine
     first, second = Child(outcome).finish(), Child(outcome).finish()
@@ -158,7 +158,7 @@ def test_p17_a_whole_entry_that_does_not_load_is_rebuilt_once(base, way):
 
 
 def binaries():
-    yield cpu, SPEC.symbol, cpu.arch(), build.build(SPEC, cpu.arch()).binary
+    yield cpu, SPEC.symbol, cpu.arch(), build.entry(SPEC, cpu.arch()).binary
     spec = KernelSpec.of("if", "cuda", "forward", "atan", "hard", False, "float32")
     for arch in ("sm_90", "sm_90a", "sm_100a", "sm_130"):  # the last is PTX: newer than NVRTC
         yield cuda, spec.symbol, arch, cuda.compile(render_specs([spec]), spec.symbol, arch)
@@ -183,7 +183,7 @@ def test_p17_what_is_cut_short_or_for_another_machine_is_no_kernel(base):
 
 
 def test_p17_no_prefix_ends_the_process_that_loads_it(base):
-    binary = build.build(SPEC, cpu.arch()).binary
+    binary = build.entry(SPEC, cpu.arch()).binary
 
     def load_all():
         refused = 0
@@ -705,7 +705,7 @@ def test_prebuild_names_the_archs_that_nvrtc_knows(base):
 
 def test_a_gpu_newer_than_nvrtc_gets_ptx(base):
     spec = KernelSpec.of("if", "cuda", "forward", "atan", "hard", False, "float32")
-    binary = build.build(spec, "sm_130").binary
+    binary = build.entry(spec, "sm_130").binary
     assert binary.endswith(b"}\n\n\0") or binary.rstrip(b"\0\n").endswith(b"}")
     assert b".target sm_1" in binary and binary.endswith(b"\0")
-    assert build.build(spec, "sm_130").binary == binary
+    assert build.entry(spec, "sm_130").binary == binary

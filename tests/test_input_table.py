@@ -314,6 +314,88 @@ TABLE: dict[str, Cell] = {
         lambda m, x: run(m, x, backend="cpu" if x.is_cuda else "cuda"),
     ),
 }  # fmt: skip
+# what is done: (what is asked, error, what its message must say)
+REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], type[Exception], str]] = {
+    # x
+    "x is a list": (lambda m, x: run(m, x.tolist()), INPUT, r"Tensor.*list"),
+    "x is None": (lambda m, x: run(m, None), INPUT, r"Tensor.*NoneType"),
+    "x is numpy": (lambda m, x: run(m, x.cpu().float().numpy()), INPUT, "ndarray"),
+    "x is uint8": (lambda m, x: run(m, x.byte()), INPUT, "uint8"),
+    "x is conjugated": (lambda m, x: run(m, (x.float() + 1j).conj()), INPUT, "complex"),
+    "x is sparse CSR": (
+        lambda m, x: run(m, x.float().to_sparse_csr()), INPUT, "sparse",
+    ),
+    "x is 8-bit float": (
+        lambda m, x: run(m, x.to(torch.float8_e4m3fn)), INPUT, "float8",
+    ),
+    # states
+    "v of another size": (
+        lambda m, x: run(m, x, {"v": zeros(x, 4, 8)}), SPEC, r"v.*\(4, 8\).*\(8,\)",
+    ),
+    "v is complex": (
+        lambda m, x: run(m, x, {"v": zeros(x, 8) + 1j}), INPUT, "v.*complex",
+    ),
+    "v is sparse": (
+        lambda m, x: run(m, x, {"v": zeros(x, 8).to_sparse()}), INPUT, "v.*sparse",
+    ),
+    "v is text": (lambda m, x: run(m, x, {"v": "0"}), INPUT, "v.*str"),
+    "v is a list": (lambda m, x: run(m, x, {"v": [0.0] * 8}), INPUT, "v.*list"),
+    "v is nan": (lambda m, x: run(m, x, {"v": math.nan}), SPEC, "v.*finite.*nan"),
+    "unknown state": (lambda m, x: run(m, x, {"u": 0.0}), SPEC, r"'u'.*Known: v"),
+    "state is a tensor": (lambda m, x: run(m, x, zeros(x, 8)), INPUT, "state.*Tensor"),
+    "state is a number": (lambda m, x: run(m, x, 0.5), INPUT, "state.*float"),
+    "state is a list": (lambda m, x: run(m, x, [0.5]), INPUT, "state.*list"),
+    # parameters
+    "huge": (
+        lambda m, x: run(m, x, **{rate(m): 10**309 if x.dtype == torch.float64 else 1e39}),
+        SPEC, "finite and fit",
+    ),
+    "huge integer": (lambda m, x: run(m, x, **{rate(m): 10**400}), SPEC, "finite"),
+    "threshold is text": (
+        lambda m, x: run(m, x, v_threshold="1"), INPUT, "v_threshold.*str",
+    ),
+    "threshold is bool": (lambda m, x: run(m, x, v_threshold=True), INPUT, "bool"),
+    "threshold is complex": (lambda m, x: run(m, x, v_threshold=1j), INPUT, "complex"),
+    "threshold is None": (lambda m, x: run(m, x, v_threshold=None), INPUT, "NoneType"),
+    "threshold of another shape": (
+        lambda m, x: run(m, x, v_threshold=zeros(x, 3)), SPEC,
+        r"v_threshold.*\(3,\).*\(8,\)",
+    ),
+    "threshold for each step": (
+        lambda m, x: run(m, x, v_threshold=zeros(x, 4, 8)), SPEC,
+        r"v_threshold.*\(4, 8\).*\(8,\)",
+    ),
+    "threshold is int tensor": (
+        lambda m, x: run(m, x, v_threshold=zeros(x, 1).long()), INPUT,
+        "v_threshold.*int64",
+    ),
+    "threshold of no element": (
+        lambda m, x: run(m, x, v_threshold=zeros(x, 0)), SPEC, r"v_threshold.*\(0,\)",
+    ),
+    "unknown parameter": (lambda m, x: run(m, x, taw=2.0), SPEC, r"'taw'.*v_threshold"),
+    # choices
+    "unknown model": (
+        lambda m, x: run("lyf", x), SPEC, r"'lyf'.*Known: .*\bif\b.*\blif\b",
+    ),
+    "model is a class": (lambda m, x: run(nj.NeuronModel, x), INPUT, "model"),
+    "model is None": (lambda m, x: run(None, x), INPUT, "model.*NoneType"),
+    "unknown surrogate": (
+        lambda m, x: run(m, x, surrogate="atn"), SPEC, r"'atn'.*Known: ATan.*Sigmoid",
+    ),
+    "surrogate is a function": (
+        lambda m, x: run(m, x, surrogate=torch.sigmoid), INPUT, "surrogate",
+    ),
+    "surrogate is None": (lambda m, x: run(m, x, surrogate=None), INPUT, "surrogate"),
+    "unknown reset": (lambda m, x: run(m, x, reset="sotf"), SPEC, "'sotf'.*hard.*soft"),
+    "reset is None": (lambda m, x: run(m, x, reset=None), SPEC, "None.*hard.*soft"),
+    "unknown record": (lambda m, x: run(m, x, record=("v", "z")), SPEC, r"'z'.*h.*v"),
+    "record is a number": (lambda m, x: run(m, x, record=3), INPUT, "record.*int"),
+    "record of numbers": (lambda m, x: run(m, x, record=[3]), SPEC, "3"),
+    "unknown backend": (
+        lambda m, x: run(m, x, backend="gpu"), SPEC, "'gpu'.*auto.*cpu.*cuda.*eager",
+    ),
+}  # fmt: skip
+TABLE |= {name: refused(error, words, do) for name, (do, error, words) in REFUSED.items()}
 counted = {"right": 0, "cells": 0}
 
 

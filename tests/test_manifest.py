@@ -108,7 +108,7 @@ def test_the_command_in_the_error_builds_that_kernel(monkeypatch):
     options |= dict(arriving=("s", "v"), detach=True)
     wanted = spec("plif", "cpu", "backward", "erf", "soft", "float64", **options)
     work = []
-    monkeypatch.setattr(ahead, "build_all", lambda jobs, *_: (work.extend(jobs), ([], []))[1])
+    monkeypatch.setattr(ahead, "prebuild", lambda jobs, *_: (work.extend(jobs), ([], []))[1])
     cli.main(manifest.command(wanted, "x86-64-v3").split()[1:])
     assert {(other, "x86-64-v3") for other in ahead.every_shape(wanted, "cpu")} <= set(work)
 

@@ -252,15 +252,15 @@ def test_a_newer_machine_takes_kernels_of_an_older_one(tmp_path, monkeypatch):
     assert cuda.serving("sm_90a") == ["sm_90a"]
     monkeypatch.setenv("NEURONJIT_CACHE_DIR", str(tmp_path / "cache"))
     spec = ahead.choices(["if"], "cpu", dtypes=["float64"])[0]
-    older = build.build(spec, cpu.serving(cpu.arch())[-1])
+    older = build.entry(spec, cpu.serving(cpu.arch())[-1])
     monkeypatch.setenv("CXX", "not-there")
-    assert build.build(spec, cpu.arch()) == older
+    assert build.entry(spec, cpu.arch()) == older
     monkeypatch.setenv("NEURONJIT_CACHE_DIR", str(tmp_path / "none"))
     with pytest.raises(nj.BackendError, match=r"(?s)not-there.*No cache holds"):
-        build.build(spec, cpu.arch())
+        build.entry(spec, cpu.arch())
     monkeypatch.setenv("NEURONJIT_NO_COMPILE", "1")
     with pytest.raises(nj.MissingKernelError, match="prebuild --neuron if"):
-        build.build(spec, cpu.arch())
+        build.entry(spec, cpu.arch())
 
 
 def test_a_kernel_whose_library_is_missing_says_so(tmp_path):

@@ -28,7 +28,7 @@ __all__ = [
     "Entry",
     "find",
     "load",
-    "load_or_build",
+    "load_or_make",
     "make_key",
     "size_cap",
 ]
@@ -49,7 +49,7 @@ def load(key: str) -> Entry | None:
     return entry
 
 
-def load_or_build(
+def load_or_make(
     key: str, build: Callable[[], Entry], why_not: Callable[[Entry], str] = lambda entry: ""
 ) -> Entry:
     """The kernel of this key: loaded, or built here or by a process that this one waits for.

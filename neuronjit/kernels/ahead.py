@@ -70,7 +70,7 @@ def here(target: str) -> list[str]:
     return sorted({module.arch(index) for index in range(torch.cuda.device_count())})
 
 
-def build_all(
+def prebuild(
     work: Sequence[Job], workers: int, advance: Callable[[], None] = lambda: None
 ) -> tuple[list[store.Entry], list[tuple[Job, NeuronJitError]]]:
     """The kernels that could be built, and those that could not. `advance` is told of each.
@@ -82,7 +82,7 @@ def build_all(
     built, failed = [], []
     pool = ThreadPoolExecutor(max(1, workers))
     try:
-        waiting = {pool.submit(build.build, *job): job for job in work}
+        waiting = {pool.submit(build.entry, *job): job for job in work}
         for future in as_completed(waiting):
             try:
                 built.append(future.result())

@@ -61,7 +61,7 @@ def load_kernel(spec: KernelSpec, device: int = 0) -> Kernel:
     return kernel
 
 
-def build(spec: KernelSpec, arch: str) -> store.Entry:
+def entry(spec: KernelSpec, arch: str) -> store.Entry:
     """The cache's entry for `spec` on `arch`, compiled if it is not there. Needs no device."""
     with _troubles_named(spec):
         target = targets.by_name(spec.target)
@@ -119,7 +119,7 @@ def _obtain(spec: KernelSpec, arch: str, use: Callable[[bytes], Used]) -> tuple[
         lacking = str(error)
     entry: store.Entry | None
     if key and not no_compile():
-        entry = store.load_or_build(key, compile_now, why_not)
+        entry = store.load_or_make(key, compile_now, why_not)
     else:  # any compiler's binary of the very same source will do, and any that runs here
         entry = (store.load(key) if key else None) or _find(spec, arch)
         if entry is None:

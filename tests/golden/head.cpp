@@ -262,12 +262,12 @@ template <class M> struct Params {
   }
 };
 
-// Rows of all sequences that are read, of COUNT steps: on their way together, so that one waits for all.
+// Rows of all sequences that are read, of COUNT steps, loaded together: one waiting time for all of them.
 template <class M, int COUNT, bool TOGETHER> struct Inputs {
   static constexpr int LANES = M::LANES;
   Row<typename M::storage, LANES> rows[M::SEQUENCES][COUNT];
 
-  // of n steps; past the last of them, the last again: a branch would keep loads from going together
+  // of n steps; past the last of them the last row again, because a branch would serialise the loads
   template <bool ALL> INLINE_ void load(const typename M::Args& a, const long long at, const int valid, const int n) {
     UNROLL_ for (int k = 0; k < COUNT; ++k) {
       UNROLL_ for (int i = 0; i < M::SEQUENCES; ++i) {
@@ -352,7 +352,7 @@ template <class M> struct Walk {
       if (LOADS <= T) { ahead.template load<true>(a, row(0), valid, LOADS); }
       for (int k = LOADS; k < 2 * LOADS && k < T; ++k) { fetch(a.in[0] + row(k)); }
     }
-    // without guards: they would keep loads from being on their way together
+    // without guards, which would serialise the loads
     AS_IT_IS_ for (; t + LOADS <= T; t += LOADS) {
       if constexpr (M::AHEAD) {
         now = ahead;

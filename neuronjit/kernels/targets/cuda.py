@@ -28,6 +28,10 @@ from .base import (
 from .binary import CUBIN, CUDA, cubin_arch, why_not_elf, why_not_ptx
 
 BLOCK = 128  # threads; small, so that short rows still spread over all multiprocessors
+MULTIPROCESSORS = 132  # of an H100, where the shapes of kernels were measured
+# threads below which the next rows are loaded ahead: backward, and forward; and too few to make
+# fewer of them by wider ones
+FEW, VERY_FEW = 1024 * MULTIPROCESSORS, 512 * MULTIPROCESSORS
 KEEPS_RECIPROCALS = True  # of parameters: a division takes ten times as long as a product
 # --fmad=false and IEEE division keep spikes bit-identical to the CPU's; kernels wait for memory,
 # not for these.
@@ -241,9 +245,9 @@ def shape(
     if sequences > 1:
         widest = 1  # rows of several sequences at once want all registers
     lanes = 1
-    while lanes < widest and aligned and n % (lanes * 2) == 0 and n // (lanes * 2) >= 132 * 512:
+    while lanes < widest and aligned and n % (lanes * 2) == 0 and n // (lanes * 2) >= VERY_FEW:
         lanes *= 2
-    few, very_few = (n // lanes < 132 * threads for threads in (1024, 512))
+    few, very_few = n // lanes < FEW, n // lanes < VERY_FEW
     if direction == "forward":
         return Shape(k, lanes, k if few else min(k, 8), steps > k and very_few)
     return Shape(k, lanes, k, steps > k and few and lanes <= 2)
