@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import settings
-from ..errors import BackendError, CompileError, DifferentiationError, NeuronJitError
+from ..errors import BackendError, CompileError, NeuronJitError
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
 from ..neurons import as_model
@@ -18,7 +18,17 @@ from ..surrogates import ATan, as_surrogate
 from ..torch_private import direct_apply, has_tangents, is_batched, tracing, transformed
 from . import checks
 from .call import Output, as_names, as_state, glance, key_of, settle, signature, tensors_of
-from .plan import EagerPlan, KernelPlan, backward, fall_back, keep, output, plan_for, plans
+from .plan import (
+    EagerPlan,
+    KernelPlan,
+    backward,
+    fall_back,
+    keep,
+    once,
+    output,
+    plan_for,
+    plans,
+)
 
 __all__ = ["Output", "multistep"]
 
@@ -204,22 +214,3 @@ def _graph_is_gone(ctx: Any, grads: Sequence[Tensor | None], error: RuntimeError
 
 # outside of torch.func; within it, the usual apply says what is wrong
 _apply: Any = direct_apply(_Multistep)
-
-
-def once(results: Sequence[Any], inputs: Sequence[Tensor]) -> list[Any]:
-    """Gradients that depend on these inputs, but raise where somebody differentiates them."""
-    return [r if r is None else _Once.apply(r, *inputs) for r in results]  # type: ignore[no-untyped-call]
-
-
-class _Once(torch.autograd.Function):
-    """Identity whose backward raises: the kernels have no second derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, result: Tensor, *inputs: Tensor) -> Tensor:
-        return result.view_as(result)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise DifferentiationError(
-            "the kernels have first derivatives only; use backend='eager' for a second derivative"
-        )

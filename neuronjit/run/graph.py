@@ -25,7 +25,6 @@ from ..neurons import as_model
 from ..surrogates import as_surrogate
 from ..torch_private import below_autograd
 from . import checks
-from .autograd import once
 from .call import Call, Output, Values, as_backend, as_state, exact, settle, signature
 from .plan import (
     EagerPlan,
@@ -34,6 +33,7 @@ from .plan import (
     choose_target,
     fall_back,
     keep,
+    once,
     output,
     plan_for,
     plans,

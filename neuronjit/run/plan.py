@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import BackendError, CompileError, SpecError
+from ..errors import BackendError, CompileError, DifferentiationError, SpecError
 from ..kernels import build, targets
 from ..kernels.spec import NAMES, KernelSpec
 from ..kernels.targets import TARGETS
@@ -71,6 +71,25 @@ def backward(
         if isinstance(plan, EagerPlan):
             raise
         return fall_back(plan, error).backward(x, None, tensors, grads, wanted)
+
+
+def once(results: Sequence[Any], inputs: Sequence[Tensor]) -> list[Any]:
+    """Gradients that depend on these inputs, but raise where somebody differentiates them."""
+    return [r if r is None else _Once.apply(r, *inputs) for r in results]  # type: ignore[no-untyped-call]
+
+
+class _Once(torch.autograd.Function):
+    """Identity whose backward raises: the kernels have no second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, *inputs: Tensor) -> Tensor:
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise DifferentiationError(
+            "the kernels have first derivatives only; use backend='eager' for a second derivative"
+        )
 
 
 def plan_for(call: Call, x: Tensor, values: Values) -> KernelPlan | EagerPlan:
