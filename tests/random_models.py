@@ -48,6 +48,15 @@ def expression(draw: random.Random, names: list[str], depth: int) -> str:
     def bounded() -> str:
         return f"tanh({inner()})"
 
+    def compared() -> str:
+        return f"{inner()} {draw.choice(('<', '<=', '>', '>=', '==', '!='))} {inner()}"
+
+    def condition() -> str:
+        if draw.random() < 0.7:
+            return compared()
+        word = draw.choice(("and", "or", "and not", "or not"))
+        return f"{draw.choice(('', 'not '))}({compared()}) {word} {compared()}"
+
     if depth == 0 or draw.random() < 0.15:
         return draw.choice(NUMBERS) if draw.random() < 0.2 else draw.choice(names)
     kinds: list[Callable[[], str]] = [
@@ -66,10 +75,10 @@ def expression(draw: random.Random, names: list[str], depth: int) -> str:
         lambda: f"maximum({inner()}, 0)**{draw.choice(('0.5', '1.5', '2'))}",
         lambda: f"(1.5 + {bounded()})**{draw.choice(('0.5', '-1', bounded()))}",
         lambda: f"{draw.choice(('minimum', 'maximum'))}({inner()}, {inner()})",
-        lambda: (
-            f"where({inner()} {draw.choice(('<', '<=', '>', '>=', '==', '!='))} {inner()}, "
-            f"{inner()}, {inner()})"
-        ),
+        lambda: f"where({condition()}, {inner()}, {inner()})",
+        lambda: f"relu({inner()})",
+        lambda: f"clamp({inner()}, {draw.choice(('-0.5', '0'))}, {draw.choice(('1', '0.75'))})",
+        lambda: f"{draw.choice(('round', 'floor'))}({draw.choice(NUMBERS)} * {inner()})",
         lambda: "where({0} > 0, sqrt({0}), {1})".format(draw.choice(names), inner()),
     ]
     return draw.choice(kinds)()
@@ -183,8 +192,13 @@ def evaluate(node: ast.expr, values: dict[str, Tensor], real: torch.dtype) -> Te
             return torch.tensor(float(value), dtype=real)
         case ast.Name(id=name):
             return values[name]
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return ~go(operand)
         case ast.UnaryOp(operand=operand):
             return -go(operand)
+        case ast.BoolOp(op=op, values=parts):
+            both = torch.stack(torch.broadcast_tensors(*map(go, parts)))
+            return both.all(0) if isinstance(op, ast.And) else both.any(0)
         case ast.BinOp(left=left, op=ast.Pow(), right=right):
             base = go(left)
             if isinstance(right, ast.Constant) and right.value in (2, 3):
@@ -204,6 +218,16 @@ def evaluate(node: ast.expr, values: dict[str, Tensor], real: torch.dtype) -> Te
             if f == "minimum":
                 less, more = more, less
             return getattr(torch, f)(go(a, gated(values, ~less)), go(b, gated(values, ~more)))
+        case ast.Call(func=ast.Name(id="relu"), args=[a]):
+            kept = go(a) > 0
+            return torch.where(kept, go(a, gated(values, kept)), 0.0)
+        case ast.Call(func=ast.Name(id="clamp"), args=[a, low, high]):
+            kept = (go(a) >= go(low)) & (go(a) <= go(high))
+            ends = torch.where(go(a) < go(low), go(low), go(high))
+            return torch.where(kept, go(a, gated(values, kept)), ends)
+        case ast.Call(func=ast.Name(id="round" | "floor" as f), args=[a]):
+            inner = go(a)
+            return getattr(torch, f)(inner).detach() + (inner - inner.detach())
         case ast.Call(func=ast.Name(id="detach"), args=[a]):
             return go(a).detach()
         case ast.Call(func=ast.Name(id="sign"), args=[a]):

@@ -78,6 +78,10 @@ def compare(
             )
 
 
+def straight(function: Torch, x: Tensor) -> Tensor:
+    return x + (function(x) - x).detach()
+
+
 ANYWHERE: dict[str, Torch] = {
     "exp(x)": torch.exp, "tanh(x)": torch.tanh, "sigmoid(x)": torch.sigmoid, "sin(x)": torch.sin,
     "cos(x)": torch.cos, "atan(x)": torch.atan, "erf(x)": torch.erf, "abs(x)": torch.abs,
@@ -86,6 +90,16 @@ ANYWHERE: dict[str, Torch] = {
     "minimum(x, 0.5)": lambda x: torch.minimum(x, x.new_tensor(0.5)),
     "maximum(0.5, x)": lambda x: torch.maximum(x.new_tensor(0.5), x),
     "2**x": lambda x: torch.pow(2.0, x), "pi * x": lambda x: math.pi * x,
+    "relu(x)": torch.relu, "relu(x * x - 1 + 0 * x)": lambda x: torch.relu(x * x - 1),
+    "clamp(x, -1, 0.5)": lambda x: torch.clamp(x, -1, 0.5),
+    "clamp(2 * x, 0, 4)": lambda x: torch.clamp(2 * x, 0, 4),
+    "round(x)": lambda x: straight(torch.round, x), "floor(x)": lambda x: straight(torch.floor, x),
+    "round(clamp(x, 0, 4))": lambda x: straight(torch.round, torch.clamp(x, 0, 4)),
+    "where(x > -1 and x < 2 or x > 4, x, 0)": lambda x: torch.where(
+        ((x > -1) & (x < 2)) | (x > 4), x, 0.0
+    ),
+    "where(not x > 1, x * x, -x)": lambda x: torch.where(~(x > 1), x * x, -x),
+    "where(not (x > 1 and x < 3), x, 1)": lambda x: torch.where(~((x > 1) & (x < 3)), x, 1.0),
 }  # fmt: skip
 ABOVE_ZERO: dict[str, Torch] = {
     "log(x)": torch.log, "sqrt(x)": torch.sqrt, "x**0.5": torch.sqrt, "x**-1.5": lambda x: x**-1.5,

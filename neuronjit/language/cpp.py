@@ -10,12 +10,14 @@ from .tree import Node, name, number, small_power
 COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
 _PRECEDENCE = {
     "||": 0,
-    **dict.fromkeys(COMPARISONS, 1),
-    "+": 2,
-    "-": 2,
-    "*": 3,
-    "/": 3,
-    "neg": 4,
+    "&&": 1,
+    **dict.fromkeys(COMPARISONS, 2),
+    "+": 3,
+    "-": 3,
+    "*": 4,
+    "/": 4,
+    "neg": 5,
+    "!": 5,
 }
 
 
@@ -36,12 +38,12 @@ def _print(node: Node) -> tuple[str, int]:
     printed = [_print(arg) for arg in node.args]
     if node.op == "where":
         (c, _), (a, pa), (b, pb) = printed
-        return f"({c} ? {_wrap(a, pa, 1)} : {_wrap(b, pb, 1)})", 9
+        return f"({c} ? {_wrap(a, pa, 3)} : {_wrap(b, pb, 3)})", 9
     if node.op not in _PRECEDENCE:
         return f"{node.op}_({', '.join(text for text, _ in printed)})", 9
     own = _PRECEDENCE[node.op]
-    if node.op == "neg":
-        return f"-{_wrap(*printed[0], 9)}", own
+    if node.op in ("neg", "!"):
+        return f"{node.op.replace('neg', '-')}{_wrap(*printed[0], 9)}", own
     (a, pa), (b, pb) = printed
     return f"{_wrap(a, pa, own)} {node.op} {_wrap(b, pb, own + 1)}", own
 

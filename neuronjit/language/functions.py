@@ -28,7 +28,48 @@ class Operation:
     slopes: Slopes | None = None  # None: no gradient passes, or (where) it is a choice
     finite: bool = False  # its slopes are finite, whatever its arguments
     library: bool = False  # a function of the C library, of the same name
+    written: Callable[..., Node] | None = None  # in other operations: all that is known of it
     long: bool = False  # a page of code: kernels that contain many compile slowly
+
+
+class _StraightThrough(torch.autograd.Function):
+    """A step function with slope 1 (Bengio et al. 2013, arXiv:1308.3432), of any order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: torch.Tensor, function: Callable[..., Any]) -> Any:
+        return function(a)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing of the call is needed again."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> tuple[Any, None]:
+        return grad, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Any, _: Any) -> Any:
+        return tangent.clone()
+
+
+def _straight_through(function: Callable[..., Any], library: bool = False) -> Operation:
+    def straight(a: torch.Tensor) -> Any:
+        return _StraightThrough.apply(a, function)  # type: ignore[no-untyped-call]
+
+    return Operation(1, straight, lambda n, a: (ONE,), finite=True, library=library)
+
+
+def _relu(a: Node) -> Node:
+    """As torch.relu: slope 0 at 0, and NaN stays NaN."""
+    return Node("where", (Node("<=", (a, ZERO)), ZERO, a))
+
+
+def _clamp(a: Node, low: Node, high: Node) -> Node:
+    """As torch.clamp: slope 1 at both ends, and NaN stays NaN."""
+    above = Node("where", (Node(">", (a, high)), high, a))
+    return Node("where", (Node("<", (a, low)), low, above))
 
 
 def closed(node: Node, opened: Node) -> Sequence[Node]:
@@ -81,6 +122,9 @@ OPERATORS = {
     ">=": Operation(2, torch.ge),
     "==": Operation(2, torch.eq),
     "!=": Operation(2, torch.ne),
+    "&&": Operation(2, torch.logical_and),
+    "||": Operation(2, torch.logical_or),
+    "!": Operation(1, torch.logical_not),
 }
 FUNCTIONS = {
     "exp": _page(torch.exp, lambda n, a: (n,)),
@@ -97,6 +141,10 @@ FUNCTIONS = {
     "erfc": _page(torch.erfc, lambda n, a: (_gauss(-2 / math.sqrt(math.pi), a),)),
     "abs": Operation(1, torch.abs, lambda n, a: (Node("sign", (a,)),), finite=True),
     "sign": Operation(1, torch.sign),
+    "round": _straight_through(torch.round),
+    "floor": _straight_through(torch.floor, library=True),
+    "relu": Operation(1, torch.relu, written=_relu),
+    "clamp": Operation(3, torch.clamp, written=_clamp),
     "minimum": Operation(2, torch.minimum, _choice, finite=True),
     "maximum": Operation(2, torch.maximum, _choice, finite=True),
     "where": Operation(3, torch.where, finite=True),

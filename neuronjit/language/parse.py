@@ -11,7 +11,7 @@ import re
 import textwrap
 import tokenize
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 from ..errors import EquationError, known
@@ -23,6 +23,9 @@ MAX_NODES = 2_000
 MAX_DEPTH = 100
 # a chain of operators is cut into statements of this height: recursion over trees stays shallow
 MAX_HEIGHT = 50
+
+# terms of an argument that is written out more than once
+MAX_COPIED = 16
 
 CONSTANTS = {"pi": math.pi}
 
@@ -195,7 +198,7 @@ def _convert(
     def convert(node: ast.expr, depth: int, condition: bool = False) -> Node:
         counted(node, depth)
         deeper = depth + 1
-        if condition and not isinstance(node, ast.Compare):
+        if condition and not isinstance(node, ast.Compare | ast.BoolOp) and not _negates(node):
             raise refused(node, "where() takes a comparison first, such as where(u < 0, a, b)")
         match node:
             case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
@@ -206,6 +209,13 @@ def _convert(
                 if identifier not in readable:
                     raise refused(node, f"unknown name. {known(readable | set(CONSTANTS))}")
                 return name(identifier)
+            case ast.BoolOp(op=op, values=parts) if condition:
+                both = "&&" if isinstance(op, ast.And) else "||"
+                return reduce(
+                    lambda a, b: Node(both, (a, b)), [convert(p, deeper, True) for p in parts]
+                )
+            case ast.UnaryOp(op=ast.Not(), operand=operand) if condition:
+                return Node("!", (convert(operand, deeper, True),))
             case ast.UnaryOp(op=ast.UAdd(), operand=operand):
                 return convert(operand, deeper)
             case ast.UnaryOp(op=ast.USub(), operand=operand):
@@ -216,16 +226,20 @@ def _convert(
                 condition and type(op) in _COMPARE
             ):
                 return Node(_COMPARE[type(op)], (convert(left, deeper), convert(right, deeper)))
-            case ast.Compare():
-                place = "only as the first argument of where()"
-                raise refused(node, f"a single comparison is allowed, and {place}")
+            case ast.Compare() | ast.BoolOp() | ast.UnaryOp(op=ast.Not()):
+                place = "only in the first argument of where()"
+                raise refused(node, f"comparisons of two, and, or, not are allowed {place}")
             case ast.Call(func=ast.Name(id=f), args=args, keywords=[]) if f in FUNCTIONS:
                 if len(args) != FUNCTIONS[f].arity:
                     reason = f"{f}() takes {FUNCTIONS[f].arity} arguments, got {len(args)}"
                     raise refused(node, reason)
                 where = f == "where"
-                parts = (convert(a, deeper, where and i == 0) for i, a in enumerate(args))
-                return Node(f, tuple(parts))
+                trees = [convert(a, deeper, where and i == 0) for i, a in enumerate(args)]
+                if written := FUNCTIONS[f].written:
+                    # it reads its arguments more than once: large ones get names
+                    named = (part(t) if part and _size(t) > MAX_COPIED else t for t in trees)
+                    return written(*named)
+                return Node(f, tuple(trees))
             case ast.Call(func=ast.Name()):
                 reason = f"unknown function, or keywords in its call. {known(FUNCTIONS)}"
                 raise refused(node, reason)
@@ -239,6 +253,14 @@ def _convert(
         return tree
 
     return convert(root, 0)
+
+
+def _size(tree: Node) -> int:
+    return 1 + sum(map(_size, tree.args))
+
+
+def _negates(node: ast.expr) -> bool:
+    return isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
 
 
 def _constant(tree: Node) -> float:

@@ -145,7 +145,9 @@ INLINE_ float cos_(float a) { return __builtin_cosf(a); }
 INLINE_ float atan_(float a) { return __builtin_atanf(a); }
 INLINE_ float erf_(float a) { return __builtin_erff(a); }
 INLINE_ float erfc_(float a) { return __builtin_erfcf(a); }
+INLINE_ float floor_(float a) { return __builtin_floorf(a); }
 INLINE_ float abs_(float a) { return __builtin_fabsf(a); }
+INLINE_ float round_(float a) { return __builtin_rintf(a); }  // ties to even, as torch
 INLINE_ float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 INLINE_ float ratio_(float a, float b) { return a / b; }
 INLINE_ bool finite_quotient_(float q, float, float) { return q - q == 0; }
@@ -158,7 +160,9 @@ INLINE_ double cos_(double a) { return __builtin_cos(a); }
 INLINE_ double atan_(double a) { return __builtin_atan(a); }
 INLINE_ double erf_(double a) { return __builtin_erf(a); }
 INLINE_ double erfc_(double a) { return __builtin_erfc(a); }
+INLINE_ double floor_(double a) { return __builtin_floor(a); }
 INLINE_ double abs_(double a) { return __builtin_fabs(a); }
+INLINE_ double round_(double a) { return __builtin_rint(a); }  // ties to even, as torch
 INLINE_ double fma_(double a, double b, double c) { return __builtin_fma(a, b, c); }
 INLINE_ double ratio_(double a, double b) { return a / b; }
 INLINE_ bool finite_quotient_(double q, double, double) { return q - q == 0; }

@@ -126,8 +126,10 @@ CALLED_ float cos_(float a) { return cosf(a); }
 CALLED_ float atan_(float a) { return atanf(a); }
 CALLED_ float erf_(float a) { return erff(a); }
 CALLED_ float erfc_(float a) { return erfcf(a); }
+CALLED_ float floor_(float a) { return floorf(a); }
 CALLED_ float pow_(float a, float b) { return powf(a, b); }
 INLINE_ float abs_(float a) { return fabsf(a); }
+INLINE_ float round_(float a) { return rintf(a); }  // ties to even, as torch
 INLINE_ float fma_(float a, float b, float c) { return fmaf(a, b, c); }
 CALLED_ double exp_(double a) { return exp(a); }
 CALLED_ double log_(double a) { return log(a); }
@@ -138,8 +140,10 @@ CALLED_ double cos_(double a) { return cos(a); }
 CALLED_ double atan_(double a) { return atan(a); }
 CALLED_ double erf_(double a) { return erf(a); }
 CALLED_ double erfc_(double a) { return erfc(a); }
+CALLED_ double floor_(double a) { return floor(a); }
 CALLED_ double pow_(double a, double b) { return pow(a, b); }
 INLINE_ double abs_(double a) { return fabs(a); }
+INLINE_ double round_(double a) { return rint(a); }  // ties to even, as torch
 INLINE_ double fma_(double a, double b, double c) { return fma(a, b, c); }
 INLINE_ float ratio_(float a, float b) {  // of gradients
   float r;
