@@ -28,6 +28,7 @@ from cachekit import (
     use,
 )
 
+from neuronjit import settings
 from neuronjit.cache import admin, bundles, entries, folders, locks, store
 
 
@@ -468,12 +469,12 @@ def test_what_was_opened_is_judged_and_not_its_name_alone(place, tmp_path):
 def test_variables_of_another_user_are_not_obeyed(place):
     def work():
         os.setresuid(ALICE, 0, 0)
-        return [folders.env("NEURONJIT_CACHE_DIR"), folders.env("NEURONJIT_SHARED_GROUP")]
+        return [settings.cache_dir(), settings.trusts_groups()]
 
     os.environ["NEURONJIT_SHARED_GROUP"] = "1"
     try:
-        assert folders.env("NEURONJIT_CACHE_DIR") == str(place)
-        assert Child(work).result() == ["", ""]
+        assert (settings.cache_dir(), settings.trusts_groups()) == (str(place), True)
+        assert Child(work).result() == ["", False]
     finally:
         del os.environ["NEURONJIT_SHARED_GROUP"]
 

@@ -71,7 +71,7 @@ MISTAKES = {
     "h = v + x\n  y = h": (2, "y = h", "indent"),
     "tau = 3\nh = v + x": (1, "tau", "parameter"),
     "x = 3\nh = v + x": (1, "x", "input"),
-    "h = v + x\ns = h": (2, "s", "spike"),
+    "h = v + x\ns = s + 1": (2, "s", "assigned"),
     "y = v + s\nh = v + x": (1, "s", "h"),
     "h = v + x\ny = s\nh = 2 * h": (3, "h", "fire"),
     "h = v + x\ny = s\ntheta = 2": (3, "theta", "fire"),

@@ -116,11 +116,11 @@ def choices(
     chosen: dict[KernelSpec, None] = {}
     models = [neurons.as_model(model) for model in models]
     params = dict.fromkeys(itertools.chain(*(m.params for m in models)))
-    states = dict.fromkeys(itertools.chain(*(m.state for m in models), "h"))
+    recordable = dict.fromkeys(itertools.chain(*(m.recordable for m in models)))
     for what, names, allowed in (
         ("learn", learn, params),
         ("per-neuron", per_neuron, params),
-        ("record", record, states),
+        ("record", record, recordable),
     ):
         in_order(names, allowed, what)
     replaced = [as_surrogate(given) for given in surrogates]
@@ -130,7 +130,7 @@ def choices(
     ):
         wide = tuple(p for p in model.params if p in per_neuron)
         learned = tuple(p for p in model.params if p in learn or p == "reciprocal_tau")
-        recorded = tuple(n for n in (*model.state, "h") if n in record)
+        recorded = tuple(n for n in model.recordable if n in record)
         for direction, names in itertools.product(DIRECTIONS, ((), recorded)):
             spec = KernelSpec.of(
                 model, target, direction, surrogate, reset, detach_reset, dtype,

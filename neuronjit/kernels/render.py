@@ -101,10 +101,10 @@ def _context(spec: KernelSpec) -> dict[str, Any]:
 def _equations(spec: KernelSpec) -> list[str]:
     """The model as its author wrote it, and what it leaves out."""
     model = spec.model
-    fires = f"s = h {'>' if model.strict else '>='} theta"
-    if all(statement.target != "theta" for statement in model.statements):
-        fires = f"theta = v_threshold; {fires}"
-    lines = [*plain(model.equations), f"it fires: {fires}"]
+    assigned = {statement.target for statement in model.statements}
+    said = [] if "theta" in assigned else ["theta = v_threshold"]
+    said += [] if "s" in assigned else [f"s = h {'>' if model.strict else '>='} theta"]
+    lines = [*plain(model.equations), *([f"it fires: {'; '.join(said)}"] if said else [])]
     if spec.reset in RESETS:
         lines.append(f"reset ({spec.reset}): {RESETS[spec.reset]}")
     return lines
@@ -146,8 +146,8 @@ def _evaluated(spec: KernelSpec, statement: Statement) -> _Line:
         return _let(statement.target, exact_divisions(expression, spec.divisors))
     if spec.spiking:
         fires = Node(">" if spec.model.strict else ">=", expression.args)
-        return _let("s", Node("where", (fires, number(1), number(0))))
-    return _let("s", Node("smooth_spike", _distance(spec, *expression.args)))
+        return _let(statement.target, Node("where", (fires, number(1), number(0))))
+    return _let(statement.target, Node("smooth_spike", _distance(spec, *expression.args)))
 
 
 def _distance(spec: KernelSpec, h: Node, theta: Node) -> tuple[Node, ...]:
@@ -190,8 +190,7 @@ def _step(spec: KernelSpec) -> list[str]:
         if last != z
     ]
     if spec.direction == "forward":
-        held = {**lowered.final, "h": lowered.h}
-        outputs = ("s", *(held[n] for n in spec.record))
+        outputs = (lowered.spikes, *(lowered.held[n] for n in spec.record))
         ends += [_Line(f"out_[{i}][l_] = ", name(n)) for i, n in enumerate(outputs)]
     wanted = set().union(*(line.value.names() for line in ends))
     statements = needed(lowered.statements, wanted)
@@ -242,9 +241,10 @@ def _adjoint(spec: KernelSpec) -> dict[str, Any]:
         arrived = Node("+", (after, arriving[z])) if z in spec.arriving else after
         lines.append(_let(f"after_{z}_", arrived))
         arrive(last, name(f"after_{z}_"), {ALWAYS if z in spec.arriving else z})
-    for given, target in (("h", lowered.h), ("s", "s")):
-        if given in spec.arriving:
+    for given in reversed(spec.arriving):
+        if given not in spec.model.state:
             lines.append(_let(f"given_{given}_", arriving[given]))
+            target = lowered.spikes if given == "s" else lowered.held[given]
             arrive(target, name(f"given_{given}_"), {ALWAYS})
     for statement, gate in reversed(statements):
         parts = terms.pop(statement.target, [])
@@ -256,9 +256,10 @@ def _adjoint(spec: KernelSpec) -> dict[str, Any]:
         if statement.expression.op == "fire":
             h, theta = statement.expression.args
             slope = Node("slope", _distance(spec, h, theta))
-            lines.append(_let("fired_", guarded(multiply(total, slope), slope, by)))
-            arrive(str(h.value), name("fired_"), by)
-            arrive(str(theta.value), negate(name("fired_")), by)
+            fired = f"fired_{statement.target}" + "_" * (not statement.target.endswith("_"))
+            lines.append(_let(fired, guarded(multiply(total, slope), slope, by)))
+            arrive(str(h.value), name(fired), by)
+            arrive(str(theta.value), negate(name(fired)), by)
             continue
         for read in sorted(statement.expression.names()):
             slope = derivative(statement.expression, read)
@@ -315,7 +316,8 @@ def _smooth(spec: KernelSpec, statements: Sequence[Statement]) -> list[Statement
             written.append(statement)
             continue
         names = {p: name(f"sg_{p}_") for p in spec.numbers_of_surrogate}
-        smooth = spec.surrogate.primitive_tree.substitute({**names, "u": name("u_")})
+        u = f"u_{statement.target}" + "_" * (not statement.target.endswith("_"))
+        smooth = spec.surrogate.primitive_tree.substitute({**names, "u": name(u)})
         distance = Node("-", statement.expression.args)
-        written += [Statement("u_", distance, 0), Statement("s", smooth, 0)]
+        written += [Statement(u, distance, 0), Statement(statement.target, smooth, 0)]
     return written

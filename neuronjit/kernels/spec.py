@@ -114,7 +114,7 @@ class KernelSpec:
             raise SpecError("record concerns forward kernels only")
         for field, names in (
             ("per_neuron", model.params), ("learned", model.params),
-            ("record", (*model.state, "h")), ("arriving", ("s", *model.state, "h")),
+            ("record", model.recordable), ("arriving", ("s", *model.recordable)),
         ):  # fmt: skip
             given = getattr(self, field)
             if given != in_order(given, names, field):
@@ -151,8 +151,8 @@ class KernelSpec:
         """
         model, surrogate = as_model(model), as_surrogate(surrogate)
         backward = direction == "backward"
-        record = in_order(record, (*model.state, "h"), "record")
-        arriving = in_order(arriving, ("s", *model.state, "h"), "arriving")
+        record = in_order(record, model.recordable, "record")
+        arriving = in_order(arriving, ("s", *model.recordable), "arriving")
         return cls(
             model,
             target,

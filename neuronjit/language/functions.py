@@ -148,6 +148,9 @@ FUNCTIONS = {
     "minimum": Operation(2, torch.minimum, _choice, finite=True),
     "maximum": Operation(2, torch.maximum, _choice, finite=True),
     "where": Operation(3, torch.where, finite=True),
+    "fire": Operation(
+        2, torch.ge, finite=True
+    ),  # its slope is the surrogate's: see models/block.py
     "detach": Operation(1, torch.Tensor.detach, finite=True),
 }
 OPERATIONS = OPERATORS | FUNCTIONS

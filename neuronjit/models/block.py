@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,9 +16,10 @@ from .model import NeuronModel
 class Program:
     """A model with its reset, each name assigned once: to print, evaluate and differentiate."""
 
-    statements: tuple[Statement, ...]  # one of them assigns "s" from Node("fire", (h, theta))
+    statements: tuple[Statement, ...]  # fire(a, b) is a statement of its own, a and b are names
     final: Mapping[str, str]  # state -> the name that holds it after the step
-    h: str  # the name of the charged membrane potential
+    held: Mapping[str, str]  # what the block assigns, and each state -> the name that holds it last
+    spikes: str  # the name of what comes out
 
 
 # what v is after a spike, as the block would say it; a block that assigns v says it itself: "own"
@@ -33,27 +35,55 @@ _CUT = {"s": Node("detach", (name("s"),))}
 @cache
 def program(model: NeuronModel, reset: str, detach_reset: bool) -> Program:
     """The model's block with its spike and reset (a key of RESETS, or "own"), in program form."""
-    statements, last = _once(_written_out(model, reset, detach_reset), model.state)
-    return Program(tuple(statements), {z: last.get(z, z) for z in model.state}, last["h"])
+    block = _fires_apart(_written_out(model, reset, detach_reset))
+    statements, last = _once(block, model.state)
+    final = {z: last.get(z, z) for z in model.state}
+    spikes = last["y"] if "y" in last and "y" not in model.state else last["s"]
+    return Program(tuple(statements), final, {**last, **final}, spikes)
 
 
 def _written_out(model: NeuronModel, reset: str, detach_reset: bool) -> list[Statement]:
     """The block with what it leaves out: the threshold, and the spike with its reset.
 
-    The neuron fires just before the first statement that reads s, or at the end.
+    The neuron fires where the block assigns s; else just before the first statement that reads s,
+    or at the end.
     """
     block = list(model.statements)
     if all(statement.target != "theta" for statement in block):
         block.insert(0, _THRESHOLD)
-    fires = next((i for i, s in enumerate(block) if "s" in s.expression.names()), len(block))
+    own = next((i for i, s in enumerate(block) if s.target == "s"), None)
+    reads = (i for i, s in enumerate(block) if "s" in s.expression.names())
+    fires = next(reads, len(block)) if own is None else own + 1
     after = parse_block(RESETS[reset], ("h", "s", "theta", "v_reset")) if reset in RESETS else ()
-    block[fires:fires] = [_SPIKE, *after]
+    block[fires:fires] = [*([_SPIKE] if own is None else []), *after]
     if not detach_reset:
         return block
     return [
         Statement(s.target, s.expression.substitute(_CUT), s.line) if s.whole == "v" else s
         for s in block
     ]
+
+
+def _fires_apart(block: Iterable[Statement]) -> Iterator[Statement]:
+    """The same block with each fire(a, b) as a statement of its own, of which a and b are names."""
+    fresh = (f"fire_{i}_" for i in itertools.count())
+    for statement in block:
+        before: list[Statement] = []
+
+        def let(tree: Node, before: list[Statement] = before, line: int = statement.line) -> Node:
+            before.append(Statement(next(fresh), tree, line))
+            return name(before[-1].target)
+
+        def apart(tree: Node, let: Callable[[Node], Node] = let, whole: bool = False) -> Node:
+            args = tuple(apart(arg, let) for arg in tree.args)
+            if tree.op != "fire":
+                return Node(tree.op, args, tree.value)
+            fires = Node("fire", tuple(a if a.op == "name" else let(a) for a in args))
+            return fires if whole else let(fires)
+
+        expression = apart(statement.expression, let, whole=True)
+        yield from before
+        yield Statement(statement.target, expression, statement.line)
 
 
 def _once(

@@ -38,8 +38,10 @@ class NeuronModel(Immutable):
         equations: assignments in Python syntax, run in order. They read x (the input), the states,
             the parameters and what was assigned before. `h` (the charged membrane potential) must
             be assigned, `theta` (the threshold) may be and is `v_threshold` otherwise. The neuron
-            fires, s = (h >= theta), just before the first statement that reads `s`, or at the end.
-            Then v is reset from h and s by the reset mode, unless the block assigns `v` itself.
+            fires, s = fire(h, theta), just before the first statement that reads `s`, or at the
+            end; or where the block assigns `s` itself. Then v is reset from h and s by the reset
+            mode, unless the block assigns `v` itself. `fire(a, b)` is 1 where a >= b, with the
+            surrogate's slope. `y`, where it is assigned, is what comes out instead of s.
             `detach(...)` cuts a gradient.
         state: states (v among them) with the numbers they start from.
         params: parameters with default numbers; `v_threshold` (1.0) and `v_reset` (0.0) always
@@ -59,6 +61,7 @@ class NeuronModel(Immutable):
     positive: frozenset[str]
     statements: tuple[Statement, ...]
     own_reset: bool  # the block assigns v
+    recordable: tuple[str, ...]  # the states, h, and what else the block assigns
     token: str  # what a compiled graph holds of the model: a constant, readable in any process
 
     _advice = "models are immutable; make a new NeuronModel(name, equations, ...)"
@@ -106,6 +109,7 @@ class NeuronModel(Immutable):
             positive=positive,
             statements=statements,
             own_reset=any(s.target == "v" for s in statements),
+            recordable=_recordable(state, statements),
             _identity=identity,
             _hash=hash(identity),
         )
@@ -153,28 +157,40 @@ def _default(key: str, value: Any) -> float:
     return expect_number(value, f"{key}: a default")
 
 
+def _recordable(state: Iterable[str], statements: Iterable[Statement]) -> tuple[str, ...]:
+    """Names that a call may record; what comes out anyway is none of them."""
+    assigned = [s.target for s in statements if s.target == s.whole]
+    return tuple(n for n in dict.fromkeys((*state, "h", *assigned)) if n not in ("s", "y"))
+
+
 def _check_block(
     model: str, params: Mapping[str, float], statements: tuple[Statement, ...]
 ) -> None:
     """The rules about x, h, theta and s that parsing alone does not know. Raises EquationError."""
     assigned: set[str] = set()
     fired = False
-    own_theta = any(s.target == "theta" for s in statements)
+    own_theta, own_s = (any(s.target == n for s in statements) for n in ("theta", "s"))
     for statement in statements:
         reads, target = statement.expression.names(), statement.target
         where = f"line {statement.line}: "
         fired = fired or "s" in reads
-        if "s" in reads and "h" not in assigned:
-            reason = "'s' is read before 'h' is assigned, so the neuron cannot fire yet"
+        if own_s and "s" in reads and "s" not in assigned:
+            raise EquationError(f"{where}'s' is read before it is assigned")
+        if "s" in (*reads, target) and "h" not in assigned:
+            used = "read" if "s" in reads else "assigned"
+            reason = f"'s' is {used} before 'h' is assigned, so the neuron cannot fire yet"
             raise EquationError(where + reason)
         if "theta" in reads and own_theta and "theta" not in assigned:
             raise EquationError(f"{where}'theta' is read before it is assigned")
-        if target in ("x", "s") or target in params:
+        if target == "s" and "s" in assigned:
+            raise EquationError(f"{where}'s' is assigned twice; the neuron fires once a step")
+        if target == "x" or target in params:
             what = _RESERVED.get(target, "a parameter")
             raise EquationError(f"{where}'{target}' is {what}; it cannot be assigned")
         if target in ("h", "theta") and fired:
-            reason = "is assigned after the neuron fired (the first statement that reads 's')"
-            raise EquationError(f"{where}'{target}' {reason}")
+            when = "where 's' is assigned" if own_s else "the first statement that reads 's'"
+            raise EquationError(f"{where}'{target}' is assigned after the neuron fired ({when})")
+        fired = fired or target == "s"
         assigned.add(target)
     if "h" not in assigned:
         reason = "'h', the charged membrane potential, is never assigned"

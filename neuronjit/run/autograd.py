@@ -59,8 +59,8 @@ def multistep(
         reset: "hard" (v becomes v_reset) or "soft" (v_threshold is subtracted; v_reset is then 0
             unless given). A model that assigns v itself keeps its own.
         detach_reset: cut the gradient through the spike in the reset.
-        record: names of sequences to return as well: any state, or "h", the charged membrane
-            potential.
+        record: names of sequences to return as well: any state, "h" (the charged membrane
+            potential), or whatever else the model assigns.
         final_state: False returns no `state`, which saves writing it (a ninth of the traffic at
             T = 4).
         backend: "cuda", "cpu", "eager", or "auto" (the default; also NEURONJIT_BACKEND): the kernel

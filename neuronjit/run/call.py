@@ -32,7 +32,7 @@ class Call(NamedTuple):
     surrogate: Surrogate
     reset: str  # "hard", "soft", or "own" where the model assigns v itself
     detach_reset: bool
-    record: tuple[str, ...]  # in the model's order, "h" last
+    record: tuple[str, ...]  # in the order of the model's `recordable`
     final_state: bool
     backend: str
 

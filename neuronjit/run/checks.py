@@ -119,9 +119,9 @@ def check_names(
 def check_record(model: NeuronModel, record: tuple[Any, ...]) -> tuple[str, ...]:
     """The names to record in the model's order. Raises SpecError."""
     for name in record:
-        if name != "h" and name not in model.state:
-            raise SpecError(f"cannot record {ascii(name)[:80]}. {known([*model.state, 'h'])}")
-    return tuple(name for name in (*model.state, "h") if name in record)
+        if name not in model.recordable:
+            raise SpecError(f"cannot record {ascii(name)[:80]}. {known(model.recordable)}")
+    return tuple(name for name in model.recordable if name in record)
 
 
 def as_flag(label: str, value: Any) -> bool:

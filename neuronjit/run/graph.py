@@ -41,7 +41,7 @@ from .plan import (
 
 # older versions of torch cannot tell: there, a new number makes a new graph
 has_static_value = getattr(symbolic_shapes, "has_static_value", lambda number: True)
-VERSION = 2  # of the text and of what the operators return: compilers keep graphs on disk
+VERSION = 3  # of the text and of what the operators return: compilers keep graphs on disk
 
 
 # --- making a graph: traced by Dynamo, so plain Python on names, numbers and tensors --------------

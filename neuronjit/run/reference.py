@@ -79,13 +79,14 @@ def run(
                 continue
             h, theta = (now[str(arg.value)] for arg in statement.expression.args)
             if not surrogate.spiking:
-                now["s"] = _surrogate(surrogate, surrogate.primitive_tree, h - theta)
+                fired = _surrogate(surrogate, surrogate.primitive_tree, h - theta)
             else:
                 h, theta = torch.broadcast_tensors(h, theta)
-                now["s"] = _Spike.apply(h, theta, model.strict, surrogate)  # type: ignore[no-untyped-call]
+                fired = _Spike.apply(h, theta, model.strict, surrogate)  # type: ignore[no-untyped-call]
+            now[statement.target] = fired
         known.update({z: now[last].expand(x.shape) for z, last in steps.final.items()})
         for name, sequence in outputs.items():
-            value = now["s"] if name == "s" else now[steps.h] if name == "h" else known[name]
+            value = now[steps.spikes if name == "s" else steps.held[name]]
             sequence.append(value.expand(x.shape).to(x_seq.dtype))
     # with T = 0 there is nothing to stack: the empty sequence that still has x_seq's gradient
     stacked = {name: torch.stack(s) if s else x_seq * 0 for name, s in outputs.items()}

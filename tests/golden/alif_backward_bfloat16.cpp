@@ -57,9 +57,9 @@ struct Kernel : Arrays<Sizes> {
     const real after_a_ = d_.z[1][l_];
     const real given_s_ = in_[1][l_];
     const real d_s_ = given_s_ + after_a_ + only_if_(some_v_, after_v_ * (-h + v_reset));
-    const real fired_ = d_s_ * slope_(h - theta, sg_w_, sg_c_);
-    const real d_theta_ = -fired_;
-    const real d_h_ = after_v_ * (real(1) - s) + fired_;
+    const real fired_s_ = d_s_ * slope_(h - theta, sg_w_, sg_c_);
+    const real d_theta_ = -fired_s_;
+    const real d_h_ = after_v_ * (real(1) - s) + fired_s_;
     d_.z[0][l_] = d_h_ * beta;
     d_.z[1][l_] = only_if_(some_a_, after_a_ * rho) + d_theta_ * beta_a;
     out_[0][l_] = d_h_;

@@ -61,8 +61,8 @@ struct Kernel : Arrays<Sizes> {
     const real after_v_ = d_.z[0][l_];
     const real given_s_ = in_[1][l_];
     const real d_s_ = given_s_ + only_if_(some_v_, after_v_ * (-h + v_reset));
-    const real fired_ = d_s_ * slope_(h - theta, sg_alpha_);
-    const real d_h_ = after_v_ * (real(1) - s) + fired_;
+    const real fired_s_ = d_s_ * slope_(h - theta, sg_alpha_);
+    const real d_h_ = after_v_ * (real(1) - s) + fired_s_;
     d_.z[0][l_] = d_h_ * (real(1) + (real(-1.0) + delta_T * (exp_(divide_(v - theta_rh, r_delta_T_) * r_delta_T_.scale)
         * r_delta_T_.r * r_delta_T_.scale)) * r_tau_.r * r_tau_.scale);
     out_[0][l_] = d_h_ * r_tau_.r * r_tau_.scale;

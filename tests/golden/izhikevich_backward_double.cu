@@ -59,9 +59,9 @@ struct Kernel : Arrays<Sizes> {
     const real after_w_ = d_.z[1][l_];
     const real given_s_ = in_[1][l_];
     const real d_s_ = given_s_ + only_if_(some_w_, after_w_ * b) + only_if_(some_v_, after_v_ * (-h + v_reset));
-    const real fired_ = d_s_ * slope_(h - theta, sg_alpha_);
+    const real fired_s_ = d_s_ * slope_(h - theta, sg_alpha_);
     const real d_h_ = only_if_(some_w_, after_w_ * (a * r_tau_w_.r * r_tau_w_.scale)) + after_v_ * (real(1) - s) +
-        fired_;
+        fired_s_;
     d_.z[0][l_] = d_h_ * (real(1) + ((v - v_c) * a0 + a0 * (v - v_rest)) * r_tau_.r * r_tau_.scale);
     d_.z[1][l_] = only_if_(some_w_, after_w_ * (real(1) - r_tau_w_.inverse)) - d_h_ * r_tau_.r * r_tau_.scale;
     out_[0][l_] = d_h_ * r_tau_.r * r_tau_.scale;

@@ -63,8 +63,8 @@ struct Kernel : Arrays<Sizes> {
     const real dnew_a_ = after_a_ + only_if_(some_v_, -(after_v_ * (s * (sigmoid_(new_a_) * (real(1) -
         sigmoid_(new_a_))))));
     const real d_s_ = given_s_ + only_if_(some_v_, -(after_v_ * (theta + sigmoid_(new_a_)))) + dnew_a_;
-    const real fired_ = d_s_ * slope_(h - theta, sg_alpha_);
-    const real d_h_ = after_v_ + fired_;
+    const real fired_s_ = d_s_ * slope_(h - theta, sg_alpha_);
+    const real d_h_ = after_v_ + fired_s_;
     const real dnew_i_ = after_i_ + d_h_;
     d_.z[0][l_] = d_h_ * beta;
     d_.z[1][l_] = dnew_i_ * alpha;

@@ -49,8 +49,8 @@ struct Kernel : Arrays<Sizes> {
     const real h = v + (x - (v - v_reset)) * reciprocal_tau;
     const real after_v_ = d_.z[0][l_];
     const real given_s_ = in_[1][l_];
-    const real fired_ = given_s_ * slope_(h - theta, sg_alpha_);
-    const real d_h_ = after_v_ + fired_;
+    const real fired_s_ = given_s_ * slope_(h - theta, sg_alpha_);
+    const real d_h_ = after_v_ + fired_s_;
     d_.z[0][l_] = d_h_ * (real(1) - reciprocal_tau);
     out_[0][l_] = d_h_ * reciprocal_tau;
     d_.learned[0][l_] += d_h_ * (x - (v - v_reset));

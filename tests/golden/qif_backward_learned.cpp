@@ -51,8 +51,8 @@ struct Kernel : Arrays<Sizes> {
     const real after_v_ = d_.z[0][l_];
     const real given_s_ = in_[1][l_];
     const real d_s_ = given_s_ + only_if_(some_v_, -(after_v_ * theta));
-    const real fired_ = d_s_ * slope_(h - theta, sg_alpha_);
-    const real d_h_ = after_v_ + fired_;
+    const real fired_s_ = d_s_ * slope_(h - theta, sg_alpha_);
+    const real d_h_ = after_v_ + fired_s_;
     d_.z[0][l_] = d_h_ * (real(1) + ratio_((v - v_c) * a0 + a0 * (v - v_rest), tau));
     out_[0][l_] = ratio_(d_h_, tau);
     d_.learned[0][l_] += -(d_h_ * ratio_(a0 * (v - v_rest), tau));
