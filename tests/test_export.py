@@ -67,8 +67,13 @@ def exported(symbols_of: str, path: Path, **choices: object) -> list[str]:
 @needs_nvrtc
 @pytest.mark.parametrize("neuron", SEED_NEURONS)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_nvrtc_compiles_the_default_export(arch: str, neuron: str, tmp_path: Path) -> None:
-    symbols = exported("some.cu", tmp_path, neurons=[neuron])
+@pytest.mark.parametrize(
+    "surrogates", [SEED_SURROGATES[:1], pytest.param(SEED_SURROGATES[1:], marks=pytest.mark.slow)]
+)
+def test_nvrtc_compiles_the_default_export(
+    surrogates: tuple[str, ...], arch: str, neuron: str, tmp_path: Path
+) -> None:
+    symbols = exported("some.cu", tmp_path, neurons=[neuron], surrogates=surrogates)
     binary = nvrtc((tmp_path / "some.cu").read_text(), arch)
     for symbol in symbols:
         assert symbol.encode() in binary
@@ -139,14 +144,19 @@ def sample(target: str, count: int) -> list[KernelSpec]:
     return list(found.values())
 
 
+SAMPLES = [slice(16), pytest.param(slice(16, 60), marks=pytest.mark.slow)]
+
+
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ARCHS)
-def test_nvrtc_compiles_a_sample_of_everything(arch: str) -> None:
-    nvrtc(render_specs(sample("cuda", 60)), arch)
+@pytest.mark.parametrize("some", SAMPLES, ids=["16", "44 more"])
+def test_nvrtc_compiles_a_sample_of_everything(some: slice, arch: str) -> None:
+    nvrtc(render_specs(sample("cuda", 60)[some]), arch)
 
 
-def test_the_host_compiles_a_sample_of_everything(tmp_path: Path) -> None:
-    host(render_specs(sample("cpu", 60)), tmp_path)
+@pytest.mark.parametrize("some", SAMPLES, ids=["16", "44 more"])
+def test_the_host_compiles_a_sample_of_everything(some: slice, tmp_path: Path) -> None:
+    host(render_specs(sample("cpu", 60)[some]), tmp_path)
 
 
 def test_one_file_reads_alone(tmp_path: Path) -> None:
