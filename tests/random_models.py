@@ -77,6 +77,7 @@ def expression(draw: random.Random, names: list[str], depth: int) -> str:
         lambda: f"{draw.choice(('minimum', 'maximum'))}({inner()}, {inner()})",
         lambda: f"where({condition()}, {inner()}, {inner()})",
         lambda: f"relu({inner()})",
+        lambda: f"fire({inner()}, {draw.choice((*NUMBERS, inner()))})",
         lambda: f"clamp({inner()}, {draw.choice(('-0.5', '0'))}, {draw.choice(('1', '0.75'))})",
         lambda: f"{draw.choice(('round', 'floor'))}({draw.choice(NUMBERS)} * {inner()})",
         lambda: "where({0} > 0, sqrt({0}), {1})".format(draw.choice(names), inner()),
@@ -102,11 +103,17 @@ def model(draw: random.Random) -> tuple[str, dict[str, float], dict[str, float]]
     known.append("h")
     if draw.random() < 0.3:
         lines.append(f"theta = v_threshold + 0.1 * tanh({expression(draw, known, 1)})")
+    if draw.random() < 0.2:
+        own = ("fire(h, theta) - fire(-h, theta)", "fire(h, theta) * (1 + fire(h, 1.5))",
+               "round(clamp(h / theta, 0, 3))", "0.5 * fire(h - 0.25, theta)")  # fmt: skip
+        lines.append(f"s = {draw.choice(own)}")
     known += ["s", "v_threshold", "v_reset"]
     for z in [z for z in states[1:] if draw.random() < 0.6]:
         lines += [f"{z} = 0.75 * {z} + 0.5 * tanh({expression(draw, known, 2)})"]
     if draw.random() < 0.25:
         lines.append(f"v = h - s * {draw.choice(('theta', 'tanh(h)', '0.5'))}")
+    if draw.random() < 0.2:
+        lines.append(f"y = {draw.choice(('s * relu(h)', 's + x', 'h', 's * tanh(x)'))}")
     start = {z: draw.choice((0.0, 0.25, -0.5)) for z in states}
     return "\n".join(lines), start, numbers
 
@@ -134,10 +141,12 @@ def case(seed: int) -> Case:
     elif layout == "gaps":
         x = torch.stack([x, x], -1)[..., 0]
     reset = draw.choice(("hard", "soft"))
+    targets = dict.fromkeys(line.split(" = ")[0] for line in text.splitlines())
+    assigned = [n for n in targets if n not in (*state, "h", "s", "y")]
     made = Case(
         seed, text, state, params, draw.random() < 0.3, reset, draw.random() < 0.3,
         draw.random() < 0.6, dtype, x.requires_grad_(draw.random() < 0.85),
-        draw.sample([*state, "h"], draw.randint(0, len(state) + 1)), [],
+        draw.sample([*state, "h", *assigned], draw.randint(0, len(state) + 1)), [],
     )  # fmt: skip
     outputs = ["s", *(f"{z}_last" for z in state), *(f"{n}_seq" for n in made.record)]
     made.arriving = draw.sample(outputs, draw.randint(1, len(outputs)))
@@ -183,9 +192,14 @@ def gated(values: dict[str, Tensor], kept: Tensor) -> dict[str, Tensor]:
     return {n: torch.where(kept, v, v.detach()) for n, v in values.items()}
 
 
-def evaluate(node: ast.expr, values: dict[str, Tensor], real: torch.dtype) -> Tensor:
+def evaluate(
+    node: ast.expr,
+    values: dict[str, Tensor],
+    real: torch.dtype,
+    spike: Callable[[Tensor], Tensor],
+) -> Tensor:
     def go(node: ast.expr, values: dict[str, Tensor] = values) -> Tensor:
-        return evaluate(node, values, real)
+        return evaluate(node, values, real, spike)
 
     match node:
         case ast.Constant(value=value):
@@ -218,6 +232,8 @@ def evaluate(node: ast.expr, values: dict[str, Tensor], real: torch.dtype) -> Te
             if f == "minimum":
                 less, more = more, less
             return getattr(torch, f)(go(a, gated(values, ~less)), go(b, gated(values, ~more)))
+        case ast.Call(func=ast.Name(id="fire"), args=[a, b]):
+            return spike(go(a) - go(b))
         case ast.Call(func=ast.Name(id="relu"), args=[a]):
             kept = go(a) > 0
             return torch.where(kept, go(a, gated(values, kept)), 0.0)
@@ -252,7 +268,7 @@ class Fire(torch.autograd.Function):
 
 
 def run(case: Case, x: Tensor, initial: dict[str, Any], given: dict[str, Any]) -> dict[str, Tensor]:
-    """Every output by name, and "u": the distances to the threshold."""
+    """Every output by name, and "u": the distances to the nearest threshold."""
     real, shape = x.dtype, x.shape[1:]
 
     def tensor(value: Any) -> Tensor:
@@ -263,38 +279,48 @@ def run(case: Case, x: Tensor, initial: dict[str, Any], given: dict[str, Any]) -
     params = {n: tensor(v) for n, v in {**defaults, **given}.items()}
     states = {z: tensor({**case.state, **initial}[z]).expand(shape) for z in case.state}
     block = [(s.targets[0].id, s.value) for s in ast.parse(case.text).body]  # type: ignore
-    own = any(target == "v" for target, _ in block)
-    seen: dict[str, list[Tensor]] = {n: [] for n in ("s", "u", "h", *states)}
+    own, own_s, own_y = (any(target == n for target, _ in block) for n in ("v", "s", "y"))
+    others = [n for n in case.record if n not in ("h", *states)]
+    seen: dict[str, list[Tensor]] = {n: [] for n in ("s", "u", "h", *states, *others)}
     for now in x:
         values = {**params, **states, "x": now, "theta": params["v_threshold"]}
+        distances: list[Tensor] = []
 
-        def fire(values: dict[str, Tensor]) -> None:
-            u = values["h"] - values["theta"]
-            smooth = torch.atan(torch.pi * u) / torch.pi + 0.5
-            s = Fire.apply(u, case.strict) if case.spiking else smooth
-            values["s"] = s
-            seen["u"].append(u.detach().expand(shape))
-            cut = s.detach() if case.detach_reset else s
+        def spike(u: Tensor, distances: list[Tensor] = distances) -> Tensor:
+            distances.append(u.detach().expand(shape))
+            if case.spiking:
+                return Fire.apply(u, case.strict)  # type: ignore[no-any-return]
+            return torch.atan(torch.pi * u) / torch.pi + 0.5
+
+        def reset(values: dict[str, Tensor]) -> None:
+            cut = values["s"].detach() if case.detach_reset else values["s"]
             if not own and case.reset == "hard":
                 values["v"] = values["h"] * (1 - cut) + values["v_reset"] * cut
             elif not own:
                 values["v"] = values["h"] - cut * values["theta"]
 
         for target, value in block:
-            if "s" not in values and any(
+            if not (own_s or "s" in values) and any(
                 isinstance(n, ast.Name) and n.id == "s" for n in ast.walk(value)
             ):
-                fire(values)
+                values["s"] = spike(values["h"] - values["theta"])
+                reset(values)
             read = values
             if target == "v" and case.detach_reset:
                 read = {**values, "s": values["s"].detach()}
-            values[target] = evaluate(value, read, real)
+            values[target] = evaluate(value, read, real, spike)
+            if target == "s":
+                reset(values)
         if "s" not in values:
-            fire(values)
+            values["s"] = spike(values["h"] - values["theta"])
+            reset(values)
+        distances.append(torch.full(shape, torch.inf, dtype=real))
         states = {z: values[z].expand(shape) for z in states}
+        seen["u"].append(torch.stack(distances).abs().nan_to_num(torch.inf).amin(0))
         for n in seen:
             if n != "u":
-                seen[n].append(values[n].expand(shape))
+                held = values["y" if n == "s" and own_y else n]
+                seen[n].append(held.expand(shape))
     stacked = {n: torch.stack(q) if q else x.new_zeros(x.shape) for n, q in seen.items()}
     return {
         "s": stacked["s"], "u": stacked["u"], **{f"{z}_last": states[z] for z in states},
