@@ -118,7 +118,7 @@ def compare(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
     finite = want[want.isfinite()]
     largest = max(1.0, finite.abs().max().item() if finite.numel() else 0.0)
     near = torch.isclose(got, want, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
-    # an infinite gradient times (1 - s), where torch adds it and it times -s, which is NaN for s = 0
+    # an infinite gradient times (1 - s): torch adds it and it times -s, which is NaN for s = 0
     near |= want.isnan() & got.isinf()
     assert near.all(), f"{got[~near][:4].tolist()}, not {want[~near][:4].tolist()}: {what}"
 
