@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import io
 import keyword
 import math
@@ -10,6 +11,7 @@ import operator
 import re
 import textwrap
 import tokenize
+import unicodedata
 from collections.abc import Callable, Iterable
 from functools import partial, reduce
 from typing import Any
@@ -55,6 +57,12 @@ _CPP_WORDS = {
 _DIRECTIVE = re.compile(r"#\s*(?:include|define|undef|pragma)\b|#(?:if|elif|else|endif|line|error)")
 
 
+class _Text(str):
+    """Equations without the indentation that their lines have in common, and how much that is."""
+
+    indent = 0
+
+
 def check_label(label: object, what: str) -> str:
     """Return `label` if it can be part of a C++ symbol, else raise EquationError."""
     if not isinstance(label, str) or not _NAME.fullmatch(label):
@@ -93,10 +101,12 @@ def parse_block(text: str, readable: Iterable[str]) -> tuple[Statement, ...]:
     statements: list[Statement] = []
     lines = _checked_text(text).splitlines()
     indent = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
-    text = "\n".join(line[indent:] for line in lines)
+    text = _Text("\n".join(line[indent:] for line in lines))
+    text.indent = indent
     for statement in _parse(text, "exec").body:
         if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
-            raise _error(text, statement, "only assignments such as 'h = v + x' are allowed")
+            reason = "only assignments such as 'h = v + x' are allowed"
+            raise _error(text, statement, reason + _written_out(statement))
         target = statement.targets[0]
         if not isinstance(target, ast.Name):
             raise _error(text, target, "only a plain name can be assigned")
@@ -123,6 +133,27 @@ def parse_expression(text: str, readable: Iterable[str]) -> Node:
     return _convert(text, _parse(text, "eval").body, set(readable))
 
 
+def _written_out(statement: ast.stmt) -> str:
+    """What to write instead of `v += x`."""
+    match statement:
+        case ast.AugAssign(target=ast.Name(id=target), op=op, value=value) if type(op) in _BINARY:
+            rest = ast.unparse(value)
+            rest = rest if isinstance(value, ast.Name | ast.Constant | ast.Call) else f"({rest})"
+            return f"; write {target} = {target} {_BINARY[type(op)]} {rest}"[:80]
+    return ""
+
+
+def _nearest(identifier: str, names: Iterable[str]) -> str:
+    """The name that was probably meant, as part of an error."""
+    names = sorted(names)
+    if identifier == "beta" and "tau" in names:
+        return "; snnTorch's beta, the share of v that is kept, is 1 - 1 / tau."
+    same = [name for name in names if name.lower() == identifier.lower()]
+    if near := same or difflib.get_close_matches(identifier, names, 1):
+        return f"; did you mean '{near[0]}'?"
+    return ""
+
+
 def _quote(value: object) -> str:
     """A user's text made safe and short enough for a message."""
     shown = value[:60] if isinstance(value, str) else value
@@ -130,9 +161,11 @@ def _quote(value: object) -> str:
 
 
 def _error(text: str, node: Any, reason: str) -> EquationError:
-    line = getattr(node, "lineno", 1)
-    word = ast.get_source_segment(text, node) if hasattr(node, "lineno") else None
-    return EquationError(f"line {line}: {_quote((word or text).strip())}: {reason}")
+    where, word = "line 1", None
+    if hasattr(node, "lineno"):
+        column = node.col_offset + 1 + getattr(text, "indent", 0)
+        where, word = f"line {node.lineno}, column {column}", ast.get_source_segment(text, node)
+    return EquationError(f"{where}: {_quote((word or text).strip())}: {reason}")
 
 
 def _checked_text(text: object) -> str:
@@ -143,7 +176,12 @@ def _checked_text(text: object) -> str:
         raise EquationError(f"{size}; at most {MAX_CHARACTERS} are allowed")
     if odd := _NOT_TEXT.search(text):
         line = text.count("\n", 0, odd.start()) + 1
-        raise EquationError(f"line {line}: {_quote(odd[0])}: equations are plain ASCII text")
+        named = unicodedata.name(odd[0], "").split()
+        greek = named[:1] == ["GREEK"] and odd[0].isalpha()  # others may look like ASCII
+        shown, write = _quote(odd[0]), ""
+        if greek:
+            shown, write = f"'{odd[0]}'", f"; write {named[-1].lower()}"
+        raise EquationError(f"line {line}: {shown}: equations are plain ASCII text{write}")
     if odd := _DIRECTIVE.search(text):
         line = text.count("\n", 0, odd.start()) + 1
         raise EquationError(f"line {line}: {_quote(odd[0])}: not a comment of equations")
@@ -207,7 +245,9 @@ def _convert(
                 if identifier in CONSTANTS:
                     return number(CONSTANTS[identifier])
                 if identifier not in readable:
-                    raise refused(node, f"unknown name. {known(readable | set(CONSTANTS))}")
+                    names = readable | set(CONSTANTS)
+                    meant = _nearest(identifier, names)
+                    raise refused(node, f"unknown name{meant or '.'} {known(names)}")
                 return name(identifier)
             case ast.BoolOp(op=op, values=parts) if condition:
                 both = "&&" if isinstance(op, ast.And) else "||"
@@ -242,9 +282,14 @@ def _convert(
                     named = (part(t) if part and _size(t) > MAX_COPIED else t for t in trees)
                     return written(*named)
                 return Node(f, tuple(trees))
-            case ast.Call(func=ast.Name()):
-                reason = f"unknown function, or keywords in its call. {known(FUNCTIONS)}"
-                raise refused(node, reason)
+            case ast.Call(func=ast.Name(id=f)):
+                meant = "" if f in FUNCTIONS else _nearest(f, FUNCTIONS)
+                reason = f"unknown function, or keywords in its call{meant or '.'}"
+                raise refused(node, f"{reason} {known(FUNCTIONS)}")
+            case ast.Call(func=ast.Attribute(attr=f)) if f in FUNCTIONS:
+                raise refused(node, f"functions have no module here; write {f}(...)")
+            case ast.BinOp(op=ast.BitXor()):
+                raise refused(node, "^ is no power; write **")
         listed = "+ - * / **, where() and the listed functions"
         raise refused(node, f"only numbers, names, {listed} are allowed")
 
