@@ -235,7 +235,12 @@ ENDLESS = {
 }
 
 
-@pytest.mark.parametrize("name", ENDLESS)
+QUICK = ("/dev/zero", "a pipe")  # each is a process of its own, which imports torch
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ENDLESS]
+)
 def test_what_is_no_small_file_is_no_record(tmp_path, name):
     """One warning, at once; and nothing is read from it or written to it."""
     path = ENDLESS[name](tmp_path / "record")
