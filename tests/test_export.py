@@ -188,7 +188,7 @@ def test_filters(tmp_path: Path) -> None:
     assert not (tmp_path / "c.cu").exists()
 
 
-# ptxas stores a number or two outside rather than go beyond 80 registers (sm_75: lif backward, long)
+# ptxas stores two numbers rather than go beyond 80 registers (sm_75: lif backward, long)
 TRADED = 8  # bytes
 
 
