@@ -64,8 +64,7 @@ def render(
             model, target, each, surrogate, reset, detach_reset, dtype,
             per_neuron=per_neuron, learned=learned, record=record, arriving=arriving,
         )  # fmt: skip
-        sequences = len(spec.record) + len(spec.arriving)
-        counts = DTYPES[spec.dtype].tensor.itemsize, spec.model, sequences
+        counts = DTYPES[spec.dtype].tensor.itemsize, spec.model, len(spec.sequences)
         shape = targets.by_name(target).shape(each, *counts, neurons, steps, True)
         specs.append(replace(spec, **shape._asdict()))
     return render_specs(specs)

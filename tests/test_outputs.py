@@ -206,6 +206,25 @@ def test_a_manifest_holds_them() -> None:
         assert again == wanted and again.request == wanted.request
 
 
+def test_what_fires_may_have_any_name() -> None:
+    """The kernels' own names meet none of the equations', nor each other."""
+    own = nj.NeuronModel(
+        "names",
+        "h = v + x\na = x\na = fire(h, 0.3)\nnew_a = fire(h, 0.6)\nu_s = fire(a - h, 0)\n"
+        "w = 0.5 * w + a + fire(fire(h, 0.2), fire(x, 0.1)) + new_a * u_s",
+        state={"v": 0.0, "w": 0.0},
+    )
+    for spiking in (True, False):
+        x = torch.randn(5, 4, generator=torch.Generator().manual_seed(4)).requires_grad_()
+        grads = []
+        for backend in ("cpu", "eager"):
+            out = nj.multistep(
+                own, x, backend=backend, surrogate=nj.surrogates.ATan(spiking=spiking)
+            )
+            grads += torch.autograd.grad(out.spikes.sum() + out.state["w"].sum(), x)
+        torch.testing.assert_close(*grads)
+
+
 MISTAKES = {
     "s = fire(x, 1)\nh = v + x": "'s' is assigned before 'h'",
     "h = v + x\nz = s\ns = fire(h, 1)": "'s' is read before it is assigned",

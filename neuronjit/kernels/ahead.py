@@ -143,6 +143,5 @@ def choices(
 def every_shape(spec: KernelSpec, target: str) -> list[KernelSpec]:
     """The same kernel for `target`, in each shape that some size of input may ask for."""
     size = DTYPES[spec.dtype].tensor.itemsize
-    sequences = len(spec.record) + len(spec.arriving)
-    shapes = targets.shapes(target, spec.direction, size, spec.model, sequences)
+    shapes = targets.shapes(target, spec.direction, size, spec.model, len(spec.sequences))
     return [replace(spec, target=target, **shape._asdict()) for shape in shapes]

@@ -126,7 +126,7 @@ def command(spec: KernelSpec, arch: str) -> str:
     if own or (spec.surrogate and not _is_built_in(surrogates.by_name, spec.surrogate)):
         record = "NEURONJIT_RECORD=kernels.jsonl python ... && "  # equations are in no command line
         return f"{record}neuronjit-cache prebuild --manifest kernels.jsonl {place}"
-    recorded = [name for name in (*spec.record, *spec.arriving) if name != "s"]
+    recorded = [name for name in spec.sequences if name != "s"]
     words = ["--neuron", spec.model.name, "--dtype", spec.dtype]
     words += ["--reset", spec.reset] if spec.reset != "own" else []
     words += ["--surrogate", spec.surrogate.name] if spec.surrogate else []

@@ -139,6 +139,11 @@ def _let(target: str, value: Node) -> _Line:
     return _Line(f"const real {target} = ", value)
 
 
+def _own(prefix: str, target: str) -> str:
+    """A name that belongs to `target` alone: names of the equations never end in _, ours do."""
+    return f"{prefix}{target}" if target.endswith("_") else f"{prefix}_{target}_"
+
+
 def _evaluated(spec: KernelSpec, statement: Statement) -> _Line:
     """A statement of the step, with the values that eager PyTorch gives."""
     expression = statement.expression
@@ -225,7 +230,7 @@ def _adjoint(spec: KernelSpec) -> dict[str, Any]:
         exists.setdefault(target, set()).update(by)
 
     def let(target: str, value: Node) -> Node:
-        gradient = f"d{target}" if target.endswith("_") else f"d_{target}_"
+        gradient = _own("d", target)
         lines.append(_let(gradient, value))
         return name(gradient)
 
@@ -256,7 +261,7 @@ def _adjoint(spec: KernelSpec) -> dict[str, Any]:
         if statement.expression.op == "fire":
             h, theta = statement.expression.args
             slope = Node("slope", _distance(spec, h, theta))
-            fired = f"fired_{statement.target}" + "_" * (not statement.target.endswith("_"))
+            fired = _own("fired", statement.target)
             lines.append(_let(fired, guarded(multiply(total, slope), slope, by)))
             arrive(str(h.value), name(fired), by)
             arrive(str(theta.value), negate(name(fired)), by)
@@ -316,7 +321,7 @@ def _smooth(spec: KernelSpec, statements: Sequence[Statement]) -> list[Statement
             written.append(statement)
             continue
         names = {p: name(f"sg_{p}_") for p in spec.numbers_of_surrogate}
-        u = f"u_{statement.target}" + "_" * (not statement.target.endswith("_"))
+        u = _own("u", statement.target)
         smooth = spec.surrogate.primitive_tree.substitute({**names, "u": name(u)})
         distance = Node("-", statement.expression.args)
         written += [Statement(u, distance, 0), Statement(statement.target, smooth, 0)]

@@ -169,6 +169,11 @@ class KernelSpec:
             **shape,
         )
 
+    @property
+    def sequences(self) -> tuple[str, ...]:
+        """What it writes besides the spikes, or reads besides x."""
+        return (*self.record, *self.arriving)
+
     @cached_property
     def divisors(self) -> frozenset[str]:
         """Parameters that states are divided by at every step, where threads keep reciprocals."""
@@ -258,8 +263,7 @@ class KernelSpec:
         parts += ["detached"] if self.detach_reset else []
         parts += [self.surrogate.name] if self.surrogate else []
         parts += [] if self.spiking else ["smooth"]
-        sequences = (*self.record, *self.arriving)
-        lists = dict(per=self.per_neuron, learn=self.learned, seq=sequences)
+        lists = dict(per=self.per_neuron, learn=self.learned, seq=self.sequences)
         for word, names in lists.items():
             parts += [f"{word}_{'_'.join(names)}"] if names else []
         parts += [f"k{self.interval}", f"l{self.lanes}", f"r{self.loads}"]

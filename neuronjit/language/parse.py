@@ -11,7 +11,6 @@ import operator
 import re
 import textwrap
 import tokenize
-import unicodedata
 from collections.abc import Callable, Iterable
 from functools import partial, reduce
 from typing import Any
@@ -176,6 +175,8 @@ def _checked_text(text: object) -> str:
         raise EquationError(f"{size}; at most {MAX_CHARACTERS} are allowed")
     if odd := _NOT_TEXT.search(text):
         line = text.count("\n", 0, odd.start()) + 1
+        import unicodedata
+
         named = unicodedata.name(odd[0], "").split()
         greek = named[:1] == ["GREEK"] and odd[0].isalpha()  # others may look like ASCII
         shown, write = _quote(odd[0]), ""

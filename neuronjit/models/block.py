@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -64,26 +63,30 @@ def _written_out(model: NeuronModel, reset: str, detach_reset: bool) -> list[Sta
     ]
 
 
-def _fires_apart(block: Iterable[Statement]) -> Iterator[Statement]:
+def _fires_apart(block: Iterable[Statement]) -> list[Statement]:
     """The same block with each fire(a, b) as a statement of its own, of which a and b are names."""
-    fresh = (f"fire_{i}_" for i in itertools.count())
+    found: list[Statement] = []
+
+    def named(tree: Node, line: int) -> Node:
+        if tree.op != "name":
+            found.append(Statement(f"fire_{len(found)}_", tree, line))
+            tree = name(found[-1].target)
+        return tree
+
+    def apart(tree: Node, line: int) -> Node:
+        """The tree, in which fire() can only be the outermost operation."""
+        args = [apart(arg, line) for arg in tree.args]
+        inner = tree.op == "fire"
+        return Node(
+            tree.op,
+            tuple(named(arg, line) if inner or arg.op == "fire" else arg for arg in args),
+            tree.value,
+        )
+
     for statement in block:
-        before: list[Statement] = []
-
-        def let(tree: Node, before: list[Statement] = before, line: int = statement.line) -> Node:
-            before.append(Statement(next(fresh), tree, line))
-            return name(before[-1].target)
-
-        def apart(tree: Node, let: Callable[[Node], Node] = let, whole: bool = False) -> Node:
-            args = tuple(apart(arg, let) for arg in tree.args)
-            if tree.op != "fire":
-                return Node(tree.op, args, tree.value)
-            fires = Node("fire", tuple(a if a.op == "name" else let(a) for a in args))
-            return fires if whole else let(fires)
-
-        expression = apart(statement.expression, let, whole=True)
-        yield from before
-        yield Statement(statement.target, expression, statement.line)
+        tree = apart(statement.expression, statement.line)
+        found.append(Statement(statement.target, tree, statement.line))
+    return found
 
 
 def _once(

@@ -365,13 +365,11 @@ def _want_grad(*tensors: Tensor | None) -> bool:
 
 
 @torch.library.impl(_operators, "forward", "Autograd")
-def _(
-    x: Tensor, tensors: Sequence[Tensor], numbers: list[float], save: bool, call: str
-) -> list[Tensor]:
+def _(x: Tensor, tensors: Sequence[Tensor], *rest: Any) -> list[Tensor]:
     if _want_grad(x, *tensors):
-        return [*_Differentiable.apply(numbers, save, call, x, *tensors)]  # type: ignore[no-untyped-call]
+        return [*_Differentiable.apply(*rest, x, *tensors)]  # type: ignore[no-untyped-call]
     with below_autograd():
-        return torch.ops.neuronjit.forward(x, tensors, numbers, save, call)  # type: ignore[no-any-return]
+        return torch.ops.neuronjit.forward(x, tensors, *rest)  # type: ignore[no-any-return]
 
 
 @torch.library.impl(_operators, "backward", "Autograd")
@@ -380,13 +378,9 @@ def _(
     checkpoints: Tensor,
     tensors: Sequence[Tensor],
     grads: Sequence[Tensor | None],
-    numbers: Sequence[float],
-    wanted: Sequence[bool],
-    call: str,
+    *rest: Any,
 ) -> list[Tensor]:
     with below_autograd():
-        results: list[Tensor] = torch.ops.neuronjit.backward(
-            x, checkpoints, tensors, grads, numbers, wanted, call
-        )
+        results: list[Tensor] = torch.ops.neuronjit.backward(x, checkpoints, tensors, grads, *rest)
     given = [grad for grad in grads if grad is not None]
     return once(results, [x, *given, *tensors]) if _want_grad(x, *given, *tensors) else results

@@ -29,8 +29,8 @@ from .binary import CUBIN, CUDA, cubin_arch, why_not_elf, why_not_ptx
 
 BLOCK = 128  # threads; small, so that short rows still spread over all multiprocessors
 MULTIPROCESSORS = 132  # of an H100, where the shapes of kernels were measured
-# threads below which the next rows are loaded ahead: backward, and forward; and too few to make
-# fewer of them by wider ones
+# below so many threads the next rows are loaded ahead (backward FEW, forward VERY_FEW); with fewer
+# than VERY_FEW left, threads are not made wider
 FEW, VERY_FEW = 1024 * MULTIPROCESSORS, 512 * MULTIPROCESSORS
 KEEPS_RECIPROCALS = True  # of parameters: a division takes ten times as long as a product
 # --fmad=false and IEEE division keep spikes bit-identical to the CPU's; kernels wait for memory,
