@@ -268,7 +268,7 @@ template <class M> struct Walk {
         now.get(in, k);
         FOR_LANES_ { M::step_back(p, in, before[k], d, some, out, l); }
         M::pass(some);
-        if (a.out[0]) { store_reals(a.out[0] + row(t + k), out[0], valid); }
+        store_reals_if(a.out[0], row(t + k), out[0], valid);
       }
     }
   }

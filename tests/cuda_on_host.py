@@ -25,6 +25,8 @@ SHIM = """
 #define __device__
 #define __forceinline__ inline
 #define __shared__ static
+struct uint2 { unsigned x, y; };
+struct uint4 { unsigned x, y, z, w; };
 static struct { unsigned x; } threadIdx, blockDim;
 static unsigned __float_as_uint(float a) { unsigned b; memcpy(&b, &a, 4); return b; }
 static float __uint_as_float(unsigned b) { float a; memcpy(&a, &b, 4); return a; }
@@ -36,6 +38,10 @@ static void __syncthreads() {}
 WORDS = {
     r"asm volatile\(\"\" ::: \"memory\"\);": "",
     r"asm volatile\(\"prefetch[^;]*;[^;]*;": "(void)*(const volatile char*)from;",  # must be there
+    **{
+        rf"asm volatile\(\"[^\"]*st\.global\.{width} [^\"]*\"[^;]*;": "if (wanted) memcpy((void*)to, &a, sizeof a);"
+        for width in ("b16", "b32", r"v2\.b32", r"v4\.b32")
+    },
     r"asm\(\"mul\.ftz\.f32[^;]*;[^;]*;": "most = fminf(abs_(b), 1.0f) * 3.4028e38f;",
     r"asm\(\"rcp\.approx\.ftz\.f32[^;]*;[^;]*;": "r = 1.0f / b;",
     r"asm\(\"cvt\.f32\.f16[^;]*;[^;]*;": "_Float16 h; memcpy(&h, &a, 2); r = h;",

@@ -92,6 +92,10 @@ template <typename R, typename S, int L> INLINE_ void store_reals(S* to, const R
     for (int l = 0; l < valid; ++l) { to[l] = from_real<S>(from[l]); }
   }
 }
+template <typename R, typename S, int L>
+INLINE_ void store_reals_if(S* base, long long at, const R (&from)[L], int valid) {  // where there is a base
+  if (base) { store_reals(base + at, from, valid); }
+}
 template <typename R, int L>
 INLINE_ void load_state(R (&to)[L], const R* from, long long first, int valid, R otherwise) {
   if (!from) {  // a branch: a masked load of no address traps inside the CPU, at a hundred times its cost
@@ -489,7 +493,7 @@ template <class M> struct Walk {
         now.get(in, k);
         FOR_LANES_ { M::step_back(p, in, before[k], d, some, out, l); }
         M::pass(some);
-        if (a.out[0]) { store_reals(a.out[0] + row(t + k), out[0], valid); }
+        store_reals_if(a.out[0], row(t + k), out[0], valid);
       }
     }
   }

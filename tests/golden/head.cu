@@ -65,6 +65,36 @@ template <typename R, typename S, int L> INLINE_ void store_reals(S* to, const R
   UNROLL_ for (int l = 0; l < L; ++l) { row.lane[l] = from_real<S>(from[l]); }
   store_row(to, row, valid);
 }
+// The same, where there is a base. Predicated, because a branch around each store would keep the steps apart.
+INLINE_ void store_word_if(int wanted, const void* to, unsigned short a) {
+  asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.b16 [%1], %2; }" : : "r"(wanted), "l"(to), "h"(a));
+}
+INLINE_ void store_word_if(int wanted, const void* to, unsigned a) {
+  asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.b32 [%1], %2; }" : : "r"(wanted), "l"(to), "r"(a));
+}
+INLINE_ void store_word_if(int wanted, const void* to, uint2 a) {
+  asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v2.b32 [%1], { %2, %3}; }"
+               : : "r"(wanted), "l"(to), "r"(a.x), "r"(a.y));
+}
+INLINE_ void store_word_if(int wanted, const void* to, uint4 a) {
+  asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p st.global.v4.b32 [%1], { %2, %3, %4, %5}; }"
+               : : "r"(wanted), "l"(to), "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w));
+}
+template <int BYTES> struct WordOf { using type = uint4; };
+template <> struct WordOf<2> { using type = unsigned short; };
+template <> struct WordOf<4> { using type = unsigned; };
+template <> struct WordOf<8> { using type = uint2; };
+template <typename R, typename S, int L>
+INLINE_ void store_reals_if(S* base, long long at, const R (&from)[L], int) {
+  Row<S, L> row;
+  UNROLL_ for (int l = 0; l < L; ++l) { row.lane[l] = from_real<S>(from[l]); }
+  using Word = typename WordOf<sizeof(row)>::type;
+  UNROLL_ for (int i = 0; i < (int)(sizeof(row) / sizeof(Word)); ++i) {
+    Word word;
+    memcpy(&word, (const char*)&row + i * sizeof(Word), sizeof(Word));
+    store_word_if(base != nullptr, (Word*)(base + at) + i, word);
+  }
+}
 template <typename R, int L>
 INLINE_ void load_state(R (&to)[L], const R* from, long long first, int valid, R otherwise) {
   if (from) {
@@ -458,7 +488,7 @@ template <class M> struct Walk {
         now.get(in, k);
         FOR_LANES_ { M::step_back(p, in, before[k], d, some, out, l); }
         M::pass(some);
-        if (a.out[0]) { store_reals(a.out[0] + row(t + k), out[0], valid); }
+        store_reals_if(a.out[0], row(t + k), out[0], valid);
       }
     }
   }
