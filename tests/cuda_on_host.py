@@ -34,12 +34,13 @@ template <typename R> static R __shfl_down_sync(unsigned, R, int) { return R(0);
 static void __syncthreads() {}
 #define OMP_FOR_
 """
+STORE_IF = "if (wanted) memcpy((void*)to, &a, sizeof a);"
 # instructions of the GPU that have a word in C++
 WORDS = {
     r"asm volatile\(\"\" ::: \"memory\"\);": "",
     r"asm volatile\(\"prefetch[^;]*;[^;]*;": "(void)*(const volatile char*)from;",  # must be there
     **{
-        rf"asm volatile\(\"[^\"]*st\.global\.{width} [^\"]*\"[^;]*;": "if (wanted) memcpy((void*)to, &a, sizeof a);"
+        rf"asm volatile\(\"[^\"]*st\.global\.{width} [^\"]*\"[^;]*;": STORE_IF
         for width in ("b16", "b32", r"v2\.b32", r"v4\.b32")
     },
     r"asm\(\"mul\.ftz\.f32[^;]*;[^;]*;": "most = fminf(abs_(b), 1.0f) * 3.4028e38f;",
