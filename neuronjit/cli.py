@@ -265,6 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--record", **names, help="also while these are recorded (together), e.g. v h")
     option("--learn", **names, help="with gradients of these parameters, e.g. tau")
     option("--per-neuron", **names, help="with tensors over neurons as these parameters")
+    option("--per-step", **names, help="with these inputs as tensors that all neurons share")
     option("--target", dest="targets", nargs="+", choices=TARGETS, help="default: that of --arch")
     option("--arch", dest="archs", **names, help="e.g. sm_90 x86-64-v3; default: recorded, or here")
     option("--jobs", type=int, default=os.cpu_count(), metavar="N", help="default: %(default)s")

@@ -35,6 +35,7 @@ def render(
     record: Iterable[str] = (),
     learned: Iterable[str] = (),
     per_neuron: Iterable[str] = (),
+    per_step: Iterable[str] = (),
     arriving: Iterable[str] | None = None,
 ) -> str:
     """The source of a model's kernels, to read: what a call of this size would compile.
@@ -51,18 +52,20 @@ def render(
             of `record`.
         learned: parameters whose gradient is wanted.
         per_neuron: parameters that are tensors over neurons.
+        per_step: inputs, besides x, that all neurons share.
 
     Raises:
         SpecError: an unknown name, and which are known.
     """
     record, learned = as_names(record), as_names(learned, "learned")
-    per_neuron = as_names(per_neuron, "per_neuron")
+    per_neuron, per_step = as_names(per_neuron, "per_neuron"), as_names(per_step, "per_step")
     arriving = ("s", *record) if arriving is None else as_names(arriving, "arriving")
     specs = []
     for each in DIRECTIONS if direction is None else (direction,):
         spec = KernelSpec.of(
             model, target, each, surrogate, reset, detach_reset, dtype,
-            per_neuron=per_neuron, learned=learned, record=record, arriving=arriving,
+            per_neuron=per_neuron, per_step=per_step, learned=learned, record=record,
+            arriving=arriving,
         )  # fmt: skip
         counts = DTYPES[spec.dtype].tensor.itemsize, spec.model, len(spec.sequences)
         shape = targets.by_name(target).shape(each, *counts, neurons, steps, True)

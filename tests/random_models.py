@@ -35,6 +35,7 @@ class Case:
     x: Tensor
     record: list[str]
     arriving: list[str]
+    inputs: tuple[str, ...] = ()  # besides x; their tensors are in `given`
     initial: dict[str, Any] = field(default_factory=dict)
     given: dict[str, Any] = field(default_factory=dict)
 
@@ -85,12 +86,15 @@ def expression(draw: random.Random, names: list[str], depth: int) -> str:
     return draw.choice(kinds)()
 
 
-def model(draw: random.Random) -> tuple[str, dict[str, float], dict[str, float]]:
-    """The equations, states and parameters."""
+def model(
+    draw: random.Random,
+) -> tuple[str, tuple[str, ...], dict[str, float], dict[str, float]]:
+    """The equations, inputs besides x, states and parameters."""
     states = ["v", "w", "r2", "z"][: draw.randint(1, 4)]
     params = ["tau", "a", "b", "c"][: draw.randint(0, 4)]
     numbers = dict(zip(params, (1.75, 0.5, -0.25, 1.0), strict=False))
-    known = ["x", *states, *params]
+    inputs = ("skip", "gain")[: draw.choice((0, 0, 1, 2))]
+    known = ["x", *inputs, *states, *params]
     lines = []
     for i in range(draw.randint(0, 2)):
         lines.append(f"y{i} = {expression(draw, known, 3)}")
@@ -98,8 +102,9 @@ def model(draw: random.Random) -> tuple[str, dict[str, float], dict[str, float]]
     for z in draw.sample(states[1:], draw.randint(0, len(states) - 1)):
         lines += [f"{z} = 0.5 * {z} + tanh({expression(draw, known, 2)})"]
     divided = f"({expression(draw, known, 3)}) / tau" if "tau" in params else "x"
-    lines.append(f"h = 0.5 * v + {draw.choice(('x', 'x + 0.5 * w' if 'w' in states else 'x'))}"
-                 f" + tanh({divided}) * {draw.choice(('1', '0.5'))}")  # fmt: skip
+    charge = draw.choice(("x", "x + 0.5 * w" if "w" in states else "x", f"0.5 * {known[-1]} + x"))
+    charge = " + ".join([charge, *(f"0.25 * {name}" for name in inputs)])
+    lines.append(f"h = 0.5 * v + {charge} + tanh({divided}) * {draw.choice(('1', '0.5'))}")
     known.append("h")
     if draw.random() < 0.3:
         lines.append(f"theta = v_threshold + 0.1 * tanh({expression(draw, known, 1)})")
@@ -115,7 +120,7 @@ def model(draw: random.Random) -> tuple[str, dict[str, float], dict[str, float]]
     if draw.random() < 0.2:
         lines.append(f"y = {draw.choice(('s * relu(h)', 's + x', 'h', 's * tanh(x)'))}")
     start = {z: draw.choice((0.0, 0.25, -0.5)) for z in states}
-    return "\n".join(lines), start, numbers
+    return "\n".join(lines), inputs, start, numbers
 
 
 def numbers(draw: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -130,7 +135,7 @@ def numbers(draw: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> 
 def case(seed: int) -> Case:
     """The model and call of a seed."""
     draw = random.Random(seed)
-    text, state, params = model(draw)
+    text, inputs, state, params = model(draw)
     dtype = draw.choice((torch.float64, torch.float64, torch.float32))
     shape = draw.choice(((5,), (13,), (3, 7), (2, 3, 5), (1,), (4, 3, 3)))
     steps = draw.choice((0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 40))
@@ -146,7 +151,7 @@ def case(seed: int) -> Case:
     made = Case(
         seed, text, state, params, draw.random() < 0.3, reset, draw.random() < 0.3,
         draw.random() < 0.6, dtype, x.requires_grad_(draw.random() < 0.85),
-        draw.sample([*state, "h", *assigned], draw.randint(0, len(state) + 1)), [],
+        draw.sample([*state, "h", *assigned], draw.randint(0, len(state) + 1)), [], inputs,
     )  # fmt: skip
     outputs = ["s", *(f"{z}_last" for z in state), *(f"{n}_seq" for n in made.record)]
     made.arriving = draw.sample(outputs, draw.randint(1, len(outputs)))
@@ -174,6 +179,11 @@ def case(seed: int) -> Case:
         )
         tensor = (value + 0.25 * noise).to(dtype)
         made.given[name] = tensor.requires_grad_(draw.random() < 0.6)
+    for name in inputs:
+        padded = (steps, *(1 for _ in shape))
+        size = draw.choice(((steps, *shape), (steps, *shape), padded, shape, (1,)))
+        tensor = numbers(draw, size, draw.choice((dtype, torch.float32)))
+        made.given[name] = tensor.requires_grad_(draw.random() < 0.7)
     return made
 
 
@@ -276,14 +286,16 @@ def run(case: Case, x: Tensor, initial: dict[str, Any], given: dict[str, Any]) -
 
     v_reset = 0.0
     defaults = {"v_threshold": 1.0, "v_reset": v_reset, **case.params}
-    params = {n: tensor(v) for n, v in {**defaults, **given}.items()}
+    params = {n: tensor(v) for n, v in {**defaults, **given}.items() if n not in case.inputs}
+    inputs = {n: given[n].to(real).expand(x.shape) for n in case.inputs}
     states = {z: tensor({**case.state, **initial}[z]).expand(shape) for z in case.state}
     block = [(s.targets[0].id, s.value) for s in ast.parse(case.text).body]  # type: ignore
     own, own_s, own_y = (any(target == n for target, _ in block) for n in ("v", "s", "y"))
     others = [n for n in case.record if n not in ("h", *states)]
     seen: dict[str, list[Tensor]] = {n: [] for n in ("s", "u", "h", *states, *others)}
-    for now in x:
+    for t, now in enumerate(x):
         values = {**params, **states, "x": now, "theta": params["v_threshold"]}
+        values |= {n: sequence[t] for n, sequence in inputs.items()}
         distances: list[Tensor] = []
 
         def spike(u: Tensor, distances: list[Tensor] = distances) -> Tensor:

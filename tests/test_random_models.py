@@ -75,8 +75,9 @@ def library(case: Case, model: nj.NeuronModel, backwards: bool) -> tuple[Any, di
 def check(seed: int) -> None:
     case = random_models.case(seed)
     model = nj.NeuronModel(
-        f"random{seed}", case.text, state=case.state, params=case.params, strict=case.strict
-    )
+        f"random{seed}", case.text, state=case.state, params=case.params, strict=case.strict,
+        inputs=("x", *case.inputs),
+    )  # fmt: skip
     theirs = leaves(case)
     want = random_models.run(case, *theirs)
     distance = want.pop("u")

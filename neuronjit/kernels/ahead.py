@@ -106,20 +106,23 @@ def choices(
     record: Sequence[str] = (),
     learn: Sequence[str] = (),
     per_neuron: Sequence[str] = (),
+    per_step: Sequence[str] = (),
 ) -> list[KernelSpec]:
     """All kernels that training with these choices may look up, whatever the sizes.
 
     Forward without and with `record`; backward of gradients that arrive at the spikes (and last
-    states), and with `record` at both. Each model takes of `record`, `learn` and `per_neuron` the
-    names that it has; PLIF's reciprocal_tau is always learned.
+    states), and with `record` at both. Each model takes of `record`, `learn`, `per_neuron` and
+    `per_step` the names that it has; PLIF's reciprocal_tau is always learned.
     """
     chosen: dict[KernelSpec, None] = {}
     models = [neurons.as_model(model) for model in models]
     params = dict.fromkeys(itertools.chain(*(m.params for m in models)))
     recordable = dict.fromkeys(itertools.chain(*(m.recordable for m in models)))
+    inputs = dict.fromkeys(itertools.chain(*(m.inputs[1:] for m in models)))
     for what, names, allowed in (
         ("learn", learn, params),
         ("per-neuron", per_neuron, params),
+        ("per-step", per_step, inputs),
         ("record", record, recordable),
     ):
         in_order(names, allowed, what)
@@ -129,12 +132,14 @@ def choices(
         models, replaced, list(resets), list(dtypes)
     ):
         wide = tuple(p for p in model.params if p in per_neuron)
+        shared = tuple(n for n in model.inputs if n in per_step)
         learned = tuple(p for p in model.params if p in learn or p == "reciprocal_tau")
         recorded = tuple(n for n in model.recordable if n in record)
         for direction, names in itertools.product(DIRECTIONS, ((), recorded)):
             spec = KernelSpec.of(
                 model, target, direction, surrogate, reset, detach_reset, dtype,
-                record=names, arriving=("s", *names), per_neuron=wide, learned=learned,
+                record=names, arriving=("s", *names), per_neuron=wide, per_step=shared,
+                learned=learned,
             )  # fmt: skip
             chosen.update(dict.fromkeys(every_shape(spec, target)))
     return list(chosen)

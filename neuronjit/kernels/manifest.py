@@ -114,7 +114,7 @@ def from_json(data: Mapping[str, Any]) -> KernelSpec:
         expect(given[field], str, field)
     for field in ("spiking", "detach_reset", "prefetch"):
         expect(given[field], bool, field)
-    for field in ("per_neuron", "learned", "record", "arriving"):
+    for field in ("per_neuron", "per_step", "learned", "record", "arriving"):
         given[field] = tuple(expect(given[field], list, field))
     return KernelSpec(**given)
 
@@ -136,6 +136,7 @@ def command(spec: KernelSpec, arch: str) -> str:
         ("record", recorded),
         ("learn", spec.learned),
         ("per-neuron", spec.per_neuron),
+        ("per-step", spec.per_step),
     ):
         words += [f"--{flag}", *names] if names else []
     return f"neuronjit-cache prebuild {shlex.join(words)} {place}"

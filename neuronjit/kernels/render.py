@@ -80,9 +80,10 @@ def _context(spec: KernelSpec) -> dict[str, Any]:
             "LANES": spec.lanes,
             "K": spec.interval,
             "LOADS": spec.loads,
-            "INPUTS": 1,
-            "SEQUENCES": 1 + len(spec.arriving),
-            "OUTPUTS": 1 + len(spec.record),
+            "INPUTS": len(spec.inputs),
+            "PER_STEP": len(spec.per_step),
+            "SEQUENCES": len(spec.inputs) + len(spec.arriving),
+            "OUTPUTS": len(spec.inputs) if backward else 1 + len(spec.record),
             "STATES": len(spec.model.state),
             "SHARED": len(spec.shared),
             "SHARED_DIVISORS": len(spec.divisors.intersection(spec.shared)),
@@ -175,7 +176,7 @@ def _printed(spec: KernelSpec, lines: Sequence[_Line]) -> list[str]:
 
 def _sources(spec: KernelSpec) -> dict[tuple[str, str], dict[str, str]]:
     """Where a step finds what it reads, by the type as which it is declared."""
-    reals = {"x": "in_[0][l_]"}
+    reals = {n: f"in_[{i}][l_]" for i, n in enumerate(spec.inputs)}
     reals |= {z: f"z_[{i}][l_]" for i, z in enumerate(spec.model.state)}
     kept = {}
     for group, lane in (("shared", ""), ("each", "[l_]")):
@@ -223,7 +224,8 @@ def _adjoint(spec: KernelSpec) -> dict[str, Any]:
     # by which gradients one exists: ALWAYS, or those of states after the step
     exists: dict[str, set[str]] = {}
     lines: list[_Line] = []
-    arriving = {n: name(f"in_[{i}][l_]") for i, n in enumerate(("x", *spec.arriving))}
+    place = enumerate(spec.arriving, len(spec.inputs))
+    arriving = {n: name(f"in_[{i}][l_]") for i, n in place}
 
     def arrive(target: str, gradient: Node, by: set[str]) -> None:
         terms.setdefault(target, []).append(gradient)
@@ -274,7 +276,7 @@ def _adjoint(spec: KernelSpec) -> dict[str, Any]:
             if slope != number(0):
                 arrive(read, guarded(part, slope, by), by)
     results = {z: f"d_.z[{i}][l_] = " for i, z in enumerate(spec.model.state)}
-    results |= {"x": "out_[0][l_] = "}
+    results |= {n: f"out_[{i}][l_] = " for i, n in enumerate(spec.inputs)}
     for i, p in enumerate((*spec.each_learned, *spec.summed)):
         results[p] = f"d_.learned[{i}][l_] += "
     lines += [_Line(before, add(terms.get(source, []))) for source, before in results.items()]

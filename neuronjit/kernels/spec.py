@@ -79,6 +79,7 @@ class KernelSpec:
     spiking: bool = True
     detach_reset: bool = False
     per_neuron: tuple[str, ...] = ()  # parameters that differ between neurons
+    per_step: tuple[str, ...] = ()  # inputs that all neurons share: one number a step
     learned: tuple[str, ...] = ()  # backward: parameters whose gradient is wanted
     record: tuple[str, ...] = ()  # forward: sequences that are returned besides the spikes
     arriving: tuple[str, ...] = ()  # backward: sequences whose gradients arrive
@@ -113,7 +114,8 @@ class KernelSpec:
         if backward and self.record:
             raise SpecError("record concerns forward kernels only")
         for field, names in (
-            ("per_neuron", model.params), ("learned", model.params),
+            ("per_neuron", model.params), ("per_step", model.inputs[1:]),
+            ("learned", model.params),
             ("record", model.recordable), ("arriving", ("s", *model.recordable)),
         ):  # fmt: skip
             given = getattr(self, field)
@@ -140,6 +142,7 @@ class KernelSpec:
         dtype: str,
         *,
         per_neuron: Iterable[str] = (),
+        per_step: Iterable[str] = (),
         learned: Iterable[str] = (),
         record: Iterable[str] = (),
         arriving: Iterable[str] = (),
@@ -163,6 +166,7 @@ class KernelSpec:
             spiking=surrogate.spiking,
             detach_reset=bool(detach_reset) and backward,
             per_neuron=in_order(per_neuron, model.params, "per_neuron"),
+            per_step=in_order(per_step, model.inputs[1:], "per_step"),
             learned=in_order(learned, model.params, "learned") if backward else (),
             record=() if backward else record,
             arriving=arriving if backward else (),
@@ -173,6 +177,11 @@ class KernelSpec:
     def sequences(self) -> tuple[str, ...]:
         """What it writes besides the spikes, or reads besides x."""
         return (*self.record, *self.arriving)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The model's inputs: those that differ between neurons first."""
+        return (*(n for n in self.model.inputs if n not in self.per_step), *self.per_step)
 
     @cached_property
     def divisors(self) -> frozenset[str]:
@@ -221,17 +230,18 @@ class KernelSpec:
         """The argument struct: what is printed, and the order in which a plan packs it."""
         states = tuple(self.model.state)
         dtype = DTYPES[self.dtype]
+        own = tuple(n for n in self.inputs if n not in self.per_step)
         if self.direction == "forward":
             pointers = [
-                Group("const storage*", "in", ("x",)),
+                Group("const storage*", "in", own),
                 Group("storage*", "out", ("s", *self.record)),
                 Group("real*", "last", states),
                 Group("real*", "checkpoints"),
             ]
         else:
             pointers = [
-                Group("const storage*", "in", ("x", *self.arriving)),
-                Group("storage*", "out", ("x",)),
+                Group("const storage*", "in", (*own, *self.arriving)),
+                Group("storage*", "out", self.inputs),
                 Group("const real*", "last_grad", states),
                 Group("real*", "start_grad", states),
                 Group("const real*", "checkpoints"),
@@ -242,6 +252,7 @@ class KernelSpec:
             Group("const real*", "start", states),
             Group("const real*", "each", self.each),
             Group("const real*", "shared", self.shared),
+            Group("const real*", "step", self.per_step),
         ]
         counts = [
             Group("long long", "inner", self.each, "q"),
@@ -263,7 +274,9 @@ class KernelSpec:
         parts += ["detached"] if self.detach_reset else []
         parts += [self.surrogate.name] if self.surrogate else []
         parts += [] if self.spiking else ["smooth"]
-        lists = dict(per=self.per_neuron, learn=self.learned, seq=self.sequences)
+        lists = dict(
+            per=self.per_neuron, step=self.per_step, learn=self.learned, seq=self.sequences
+        )
         for word, names in lists.items():
             parts += [f"{word}_{'_'.join(names)}"] if names else []
         parts += [f"k{self.interval}", f"l{self.lanes}", f"r{self.loads}"]

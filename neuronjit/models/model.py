@@ -35,7 +35,9 @@ class NeuronModel(Immutable):
 
     Args:
         name: any name; appears in kernel names and listings.
-        equations: assignments in Python syntax, run in order. They read x (the input), the states,
+        inputs: the sequences that the equations read. The first is x, the x_seq of a call; the
+            others are tensors that a call is given by keyword.
+        equations: assignments in Python syntax, run in order. They read the inputs, the states,
             the parameters and what was assigned before. `h` (the charged membrane potential) must
             be assigned, `theta` (the threshold) may be and is `v_threshold` otherwise. The neuron
             fires, s = fire(h, theta), just before the first statement that reads `s`, or at the
@@ -60,6 +62,9 @@ class NeuronModel(Immutable):
     strict: bool
     positive: frozenset[str]
     statements: tuple[Statement, ...]
+    inputs: tuple[str, ...]
+    arguments: tuple[str, ...]  # states, inputs but x, parameters: the order of all their values
+    keywords: tuple[str, ...]  # of them, what a call takes by keyword
     own_reset: bool  # the block assigns v
     recordable: tuple[str, ...]  # the states, h, and what else the block assigns
     token: str  # what a compiled graph holds of the model: a constant, readable in any process
@@ -75,6 +80,7 @@ class NeuronModel(Immutable):
         *,
         state: Mapping[str, float],
         params: Mapping[str, float] | None = None,
+        inputs: Iterable[str] = ("x",),
         strict: bool = False,
         positive: Iterable[str] = (),
     ) -> None:
@@ -84,22 +90,25 @@ class NeuronModel(Immutable):
         params = {check_name(k, "parameter"): _default(k, v) for k, v in (params or {}).items()}
         params = {**params, **{k: v for k, v in _EVERY_MODELS.items() if k not in params}}
         positive = frozenset(positive)
-        for key in [*state, *params]:
+        inputs = _inputs(this, inputs)
+        for key in [*state, *inputs[1:], *params]:
             if key in _RESERVED:
                 reason = f"'{key}' is {_RESERVED[key]}; it cannot be a state or a parameter"
                 raise EquationError(f"{this}: {reason}")
         if "v" not in state:
             reason = f"the membrane potential 'v' must be one of the states {list(state)}"
             raise EquationError(f"{this}: {reason}")
-        if both := state.keys() & params.keys():
-            raise EquationError(f"{this}: {sorted(both)} cannot be both a state and a parameter")
+        names = [*state, *inputs[1:], *params]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            reason = f"{twice} can only be one of a state, an input and a parameter"
+            raise EquationError(f"{this}: {reason}")
         if unknown := positive - params.keys():
             raise EquationError(f"{this}: positive names {sorted(unknown)}. {known(params)}")
-        readable = {"x", "s", "theta", *state, *params}
+        readable = {*inputs, "s", "theta", *state, *params}
         statements = parse_block(equations, readable)
-        _check_block(name, params, statements)
+        _check_block(name, inputs, params, statements)
         numbers = repr((state, params))  # as text: -0.0 is another default than 0.0
-        identity = (name, equations, numbers, bool(strict), positive)
+        identity = (name, equations, inputs, numbers, bool(strict), positive)
         self.__dict__.update(
             name=name,
             equations=equations,
@@ -108,6 +117,9 @@ class NeuronModel(Immutable):
             params=ReadOnly(params, _OTHER_NUMBERS),
             positive=positive,
             statements=statements,
+            inputs=inputs,
+            arguments=tuple(names),
+            keywords=tuple(names[len(state) :]),
             own_reset=any(s.target == "v" for s in statements),
             recordable=_recordable(state, statements),
             _identity=identity,
@@ -122,6 +134,7 @@ class NeuronModel(Immutable):
             "equations": self.equations,
             "state": dict(self.state),
             "params": dict(self.params),
+            "inputs": list(self.inputs),
             "strict": self.strict,
             "positive": sorted(self.positive),
         }
@@ -132,10 +145,11 @@ class NeuronModel(Immutable):
 
         Raises EquationError, InputTypeError or SpecError for anything else.
         """
-        kinds = dict(name=str, equations=str, state=dict, params=dict, strict=bool, positive=list)
-        given = expect_fields(data, kinds, "model")
-        for name in given["positive"]:
-            expect(name, str, "positive")
+        kinds = dict(name=str, equations=str, state=dict, params=dict, inputs=list, strict=bool)
+        given = expect_fields(data, {**kinds, "positive": list}, "model")
+        for field in ("inputs", "positive"):
+            for name in given[field]:
+                expect(name, str, field)
         return cls(**given)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -157,6 +171,13 @@ def _default(key: str, value: Any) -> float:
     return expect_number(value, f"{key}: a default")
 
 
+def _inputs(this: str, given: Iterable[str]) -> tuple[str, ...]:
+    inputs = (given,) if isinstance(given, str) else tuple(given)
+    if inputs[:1] != ("x",):
+        raise EquationError(f"{this}: the first of inputs is 'x', got {ascii(inputs)[:80]}")
+    return "x", *(check_name(name, "input") for name in inputs[1:])
+
+
 def _recordable(state: Iterable[str], statements: Iterable[Statement]) -> tuple[str, ...]:
     """Names that a call may record; what comes out anyway is none of them."""
     assigned = [s.target for s in statements if s.target == s.whole]
@@ -164,7 +185,10 @@ def _recordable(state: Iterable[str], statements: Iterable[Statement]) -> tuple[
 
 
 def _check_block(
-    model: str, params: Mapping[str, float], statements: tuple[Statement, ...]
+    model: str,
+    inputs: Iterable[str],
+    params: Mapping[str, float],
+    statements: tuple[Statement, ...],
 ) -> None:
     """The rules about x, h, theta and s that parsing alone does not know. Raises EquationError."""
     assigned: set[str] = set()
@@ -184,8 +208,8 @@ def _check_block(
             raise EquationError(f"{where}'theta' is read before it is assigned")
         if target == "s" and "s" in assigned:
             raise EquationError(f"{where}'s' is assigned twice; the neuron fires once a step")
-        if target == "x" or target in params:
-            what = _RESERVED.get(target, "a parameter")
+        if target in inputs or target in params:
+            what = "a parameter" if target in params else "an input"
             raise EquationError(f"{where}'{target}' is {what}; it cannot be assigned")
         if target in ("h", "theta") and fired:
             when = "where 's' is assigned" if own_s else "the first statement that reads 's'"

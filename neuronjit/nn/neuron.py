@@ -152,12 +152,15 @@ class Neuron(torch.nn.Module):
 
     # --- running -------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Spikes, in x's shape and dtype; goes on from the state of the last call."""
+    def forward(self, x: Tensor, *inputs: Tensor) -> Tensor:
+        """Spikes, in x's shape and dtype; goes on from the state of the last call.
+
+        `inputs` are those of the model besides x, in its order; each broadcasts to x.
+        """
         start = self._carried(x)
         if isinstance(x, Tensor) and x.is_cuda and not is_compiling() and capturing():
             start = self._hold(start)
-        out = self._run(x, start, ("v",) if self.store_v_seq else ())
+        out = self._run(x, inputs, start, ("v",) if self.store_v_seq else ())
         self._memories.update(out.state)  # in place: attributes of modules are slow to set
         self._assigned.clear()
         if self._held:
@@ -173,14 +176,27 @@ class Neuron(torch.nn.Module):
         return out.spikes[0]
 
     def functional_forward(
-        self, x: Tensor, state: Mapping[str, Number] | None = None
+        self, x: Tensor, state: Mapping[str, Number] | None = None, *inputs: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(spikes, last state) from the state given, else the initial one; keeps nothing."""
-        out = self._run(x, state or {}, ())
+        out = self._run(x, inputs, state or {}, ())
         return (out.spikes if self.step_mode == "m" else out.spikes[0]), dict(out.state)
 
-    def _run(self, x: Tensor, state: Mapping[str, Any], record: tuple[str, ...]) -> Output:
+    def _run(
+        self,
+        x: Tensor,
+        inputs: tuple[Tensor, ...],
+        state: Mapping[str, Any],
+        record: tuple[str, ...],
+    ) -> Output:
+        if len(inputs) != len(self.model.inputs) - 1:
+            raise SpecError(
+                f"{self._label()} has the inputs {', '.join(self.model.inputs)}; got"
+                f" {1 + len(inputs)} of them"
+            )
         if self.step_mode == "s" and isinstance(x, Tensor):
+            whole = (isinstance(i, Tensor) and i.dim() == x.dim() for i in inputs)
+            inputs = tuple(i.unsqueeze(0) if w else i for i, w in zip(inputs, whole, strict=True))
             x = x.unsqueeze(0)
         params = {name: getattr(self, name) for name in self.model.params}
         if self.channels is not None and isinstance(x, Tensor):
@@ -195,6 +211,7 @@ class Neuron(torch.nn.Module):
                     value = self._per_channel(value, x) if self.channels is not None else value
                     value = value.expand(x.shape[1:])
                 start[name] = value
+        params.update(zip(self.model.inputs[1:], inputs, strict=True))
         return multistep(
             self.model, x, start, surrogate=self.surrogate_function, reset=self.reset_mode,
             detach_reset=self.detach_reset, record=record, backend=self.backend, **params,

@@ -66,7 +66,9 @@ def multistep(
         backend: "cuda", "cpu", "eager", or "auto" (the default; also NEURONJIT_BACKEND): the kernel
             for x_seq's device, else eager PyTorch with one warning.
         **params: the model's parameters: a number, a one-element tensor, or a tensor that
-            broadcasts to `[N, *]`. Tensors that require grad get their gradient.
+            broadcasts to `[N, *]`. And its inputs besides x: tensors that broadcast to `[T, N, *]`,
+            used in x_seq's dtype (in the arithmetic dtype, and read once a step, where all neurons
+            share them: `[T, 1]`). All that require grad get their gradient.
 
     Returns:
         `Output(spikes, state, record)`.
@@ -97,7 +99,7 @@ def multistep(
     try:
         key = (
             model, surrogate, reset, detach_reset, record, final_state, backend, signature(x_seq),
-            glance(model.state, state, tensors), glance(model.params, params, tensors),
+            glance(model.state, state, tensors), glance(model.keywords, params, tensors),
         )  # fmt: skip
         plan = plans.get(key)
     except (

@@ -1,8 +1,7 @@
 """What is asked for: one noun, normalised and checked once, from which all else is made.
 
-A `Call` and the values of its states and parameters decide the key of a plan, the plan, the eager
-path and the text that a graph holds. States and parameters have one order everywhere: that of the
-model.
+A `Call` and the values of its states, inputs and parameters decide the key of a plan, the plan, the
+eager path and the text that a graph holds. They have one order everywhere: the model's `arguments`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ..surrogates import as_surrogate
 from . import checks
 
 BACKENDS = ("auto", *TARGETS, "eager")
-Values = dict[str, float | Tensor]  # of every state, then of every parameter, in the model's order
+Values = dict[str, float | Tensor]  # of all of a model's `arguments`, in their order
 
 
 class Call(NamedTuple):
@@ -101,7 +100,7 @@ def settle(
         as_backend(backend),
     )
     given = {**model.state, **state, **model.params, **params}
-    values = {name: checks.check_value(model, name, value, x) for name, value in given.items()}
+    values = {name: checks.check_value(model, name, given[name], x) for name in model.arguments}
     checks.check_reset(call.reset, values)
     return call, values
 

@@ -105,9 +105,15 @@ def check_names(
     if not isinstance(reset, str) or reset not in [*RESETS]:
         raise SpecError(f"unknown reset {ascii(reset)[:80]}. {known(RESETS)}")
     for name in params:
-        if name not in model.params:
+        if name not in model.keywords:
             raise SpecError(
-                f"unknown parameter '{name}' of model '{model.name}'. {known(model.params)}"
+                f"unknown parameter '{name}' of model '{model.name}'. {known(model.keywords)}"
+            )
+    for name in model.inputs[1:]:
+        if name not in params:
+            raise SpecError(
+                f"the input '{name}' of model '{model.name}' is missing: give {name}=, a tensor"
+                " that broadcasts to x_seq's [T, N, *]"
             )
     for name in state:
         if name not in model.state:
@@ -134,10 +140,18 @@ def as_flag(label: str, value: Any) -> bool:
 
 
 def check_value(model: NeuronModel, name: str, value: Any, x: Tensor) -> float | Tensor:
-    """What was given for a state or parameter: its tensor or number. Raises what says why not."""
+    """What was given for a state, input or parameter: its tensor or number.
+
+    Raises what says why it cannot be.
+    """
     if isinstance(value, Tensor):
         check_tensor(model, name, value, x)
         return value
+    if name in model.inputs:
+        raise InputTypeError(
+            f"{name} is an input: a tensor that broadcasts to x_seq's {list(x.shape)}, got"
+            f" {type(value).__name__}"
+        )
     return check_number(model, name, value, x.dtype)
 
 
@@ -169,7 +183,7 @@ def label_of(model: NeuronModel, name: str) -> str:
 
 
 def check_tensor(model: NeuronModel, name: str, value: Tensor, x: Tensor) -> None:
-    """Raise what says why a tensor cannot be an initial state or a parameter for x."""
+    """Raise what says why a tensor cannot be an initial state, an input or a parameter for x."""
     is_state, label = name in model.state, label_of(model, name)
     check_class(label, value)
     _check_dense(label, value)
@@ -180,6 +194,13 @@ def check_tensor(model: NeuronModel, name: str, value: Tensor, x: Tensor) -> Non
             f"x_seq is on {x.device} but {label} is on {value.device}; move one of them"
         )
     shape, given = tuple(x.shape[1:]), tuple(value.shape)
+    if name in model.inputs:
+        if not _broadcasts(given, tuple(x.shape)):
+            raise SpecError(
+                f"{name} has shape {given}, which does not broadcast to {tuple(x.shape)} ="
+                " x_seq.shape"
+            )
+        return
     if is_state and given and given != shape:
         hint = "; use .expand(...) to repeat one value" if value.numel() == 1 else ""
         raise SpecError(f"{label} has shape {given}, expected {shape} = x_seq.shape[1:]{hint}")

@@ -41,7 +41,7 @@ from .plan import (
 
 # older versions of torch cannot tell: there, a new number makes a new graph
 has_static_value = getattr(symbolic_shapes, "has_static_value", lambda number: True)
-VERSION = 3  # of the text and of what the operators return: compilers keep graphs on disk
+VERSION = 4  # of the text and of what the operators return: compilers keep graphs on disk
 
 
 # --- making a graph: traced by Dynamo, so plain Python on names, numbers and tensors --------------
@@ -128,7 +128,7 @@ class _Told(NamedTuple):
 
     call: Call  # of the surrogate's form: its numbers come with each call, as does the backend
     backend: str | None
-    names: tuple[str, ...]  # of the states and parameters that are tensors
+    names: tuple[str, ...]  # of the model's arguments that are tensors
     changing: tuple[str, ...]  # parameters of the surrogate that come as tensors, after those
 
 
@@ -179,8 +179,7 @@ def _find(
         given, rest = dict(zip(told.names, own, strict=True)), iter(numbers)
         model, form = told.call.model, told.call.surrogate
         values: Values = {
-            name: given[name] if name in given else next(rest)
-            for name in (*model.state, *model.params)
+            name: given[name] if name in given else next(rest) for name in model.arguments
         }
         changed = dict(zip(told.changing, alphas, strict=True))
         alpha: Any = {p: changed[p] if p in changed else next(rest) for p in form.params}

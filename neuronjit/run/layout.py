@@ -45,6 +45,12 @@ def outermost_first(strides: Sequence[int]) -> list[int]:
     return sorted(range(len(strides)), key=lambda d: (-strides[d], d))
 
 
+def shared_by_neurons(shape: Sequence[int], sequence: Sequence[int]) -> bool:
+    """Whether an input of this shape has one number a step, where x_seq has shape `sequence`."""
+    padded = (1,) * (len(sequence) - len(shape)) + tuple(shape)
+    return all(size == 1 for size in padded[1:])
+
+
 class Repeat(NamedTuple):
     """How a broadcast parameter repeats: neuron n reads element n // inner % period."""
 

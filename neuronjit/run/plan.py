@@ -157,7 +157,8 @@ class EagerPlan:
                 continue
             tensor = next(rest)
             # one element serves any step, however many dimensions it has
-            values[name] = tensor.reshape(()) if tensor.dim() > most else tensor
+            single = tensor.dim() > most and name not in call.model.inputs
+            values[name] = tensor.reshape(()) if single else tensor
         spikes, state, record = reference.run(
             call.model, x, values, call.surrogate, call.reset, call.detach_reset, call.record
         )
@@ -198,6 +199,7 @@ class EagerPlan:
         return [None if g is None else g.clone() for g in each]
 
 
+_Saved = tuple[torch.Size, torch.dtype, torch.device, layout.Strides | None]
 Member = tuple[str, str]  # of an argument struct: its group, and whose it is there
 _ALONE = ""  # whose a member is that is no array
 
@@ -249,6 +251,7 @@ class KernelPlan:
         self.final = tuple(model.state) if call.final_state else ()
         self.given = tuple(given)
         self.states, self.params = tuple(model.state), tuple(model.params)
+        self.inputs = model.inputs[1:]
         self.dtype, self.real, self.device = x.dtype, arithmetic(x.dtype), x.device
         self.T, self.n, self.shape = x.shape[0], x[0].numel(), x.shape[1:]
         self.copies = x.is_neg() or not layout.is_sequence(x.shape, x.stride())
@@ -259,21 +262,25 @@ class KernelPlan:
             if name in model.params and tensor.numel() != 1
         }
         self.per_neuron = tuple(p for p in self.params if p in self.repeats)
-        self.numbers = {name: numbers.get(name, 0.0) for name in (*self.states, *self.params)}
-        self._prepared = not any(
-            t.dtype != self.real
-            or t.is_neg()
-            or (name in model.state and t.stride() != self.strides)
-            for name, t in given.items()
+        self.per_step = tuple(
+            name for name in self.inputs if layout.shared_by_neurons(given[name].shape, x.shape)
         )
-        # what backward is given must be this again, whatever hooks did to it in between
+        self.numbers = {name: numbers.get(name, 0.0) for name in (*self.states, *self.params)}
+        # what kernels read, and backward is given again, whatever hooks did to it in between
         self._x = (x.shape, self.dtype, self.device, (self.n, *self.strides))
-        self._tensors = [
-            (self.shape, self.real, self.device, self.strides)
-            if name in model.state
-            else (t.shape, self.real, self.device, None)  # in any layout: see layout.Repeat
-            for name, t in given.items()
-        ]
+        per_step = (self.T, *(1 for _ in self.shape))
+        self._tensors: list[_Saved] = []
+        for name, t in given.items():
+            if name in model.state:
+                saved: _Saved = (self.shape, self.real, self.device, self.strides)
+            elif name in self.per_step:
+                saved = (torch.Size(per_step), self.real, self.device, (1,) * len(per_step))
+            elif name in self.inputs:
+                saved = self._x
+            else:  # in any layout: see layout.Repeat
+                saved = (t.shape, self.real, self.device, None)
+            self._tensors.append(saved)
+        self._prepared = all(map(_is_read_so, given.values(), self._tensors))
         k = steps_between_checkpoints(self.T, model)
         # of the checkpoints: [count, states, n], and two more: see `graph`, which has any T
         size = torch.Size([(self.T - 1) // k * len(self.states) * self.n + 2])
@@ -283,6 +290,7 @@ class KernelPlan:
         self._members: list[Member] = []
         if given:
             self._members += [("start", z) for z in self.states]
+            self._members += [("step" if i in self.per_step else "in", i) for i in self.inputs]
             self._members += [("each" if p in self.repeats else "shared", p) for p in self.params]
         self._forward_members = (
             ("in", "x"),
@@ -299,12 +307,7 @@ class KernelPlan:
         if self.copies:
             x = x.resolve_neg().contiguous()
         if not self._prepared:
-            tensors = [
-                layout.in_layout(t.to(self.real).expand(self.shape), self.shape, self.strides)
-                if name in self.call.model.state
-                else t.to(self.real).resolve_neg()
-                for name, t in zip(self.given, tensors, strict=True)
-            ]
+            tensors = [_as_read(t, saved) for t, saved in zip(tensors, self._tensors, strict=True)]
         return x, tensors
 
     def forward(
@@ -364,9 +367,10 @@ class KernelPlan:
         own: dict[str, Tensor] = {}
         for name, want in zip(self.given, wanted[1:], strict=True):
             if want and name not in arriving.summed:
-                own[name] = self._empty_state()
+                own[name] = torch.empty_like(x) if name in self.inputs else self._empty_state()
         given, alive = self._addresses(tensors)
         pointers = [x.data_ptr(), *[g.data_ptr() for g in arrived], _pointer(x_grad)]
+        pointers += [_pointer(own.get(i)) for i in self.inputs]
         if not pointers[0]:
             check_memory(["x_seq"], [x])
         pointers += [_pointer(g) for g in ends] if ends else self._no_states
@@ -389,6 +393,9 @@ class KernelPlan:
         for name, tensor in zip(self.given, tensors, strict=True):
             if name in totals:
                 results.append(totals[name].reshape(tensor.shape))
+            elif name in self.per_step and name in own:
+                neurons = tuple(range(1, x.dim()))
+                results.append(own[name].sum(neurons, keepdim=True, dtype=self.real))
             else:
                 results.append(own[name].sum_to_size(tensor.shape) if name in own else None)
         return results
@@ -404,7 +411,7 @@ class KernelPlan:
             sequences = tuple(n for n, here in present if here)
             members = (
                 *(("in", name) for name in ("x", *sequences)),
-                ("out", "x"),
+                *(("out", name) for name in self.call.model.inputs),
                 *(("last_grad", z) for z in self.states),
                 *(("start_grad", z) for z in self.states),
                 ("checkpoints", _ALONE),
@@ -461,7 +468,7 @@ class KernelPlan:
         alive: list[Tensor] = []
         if not self.given:
             return (), alive
-        addresses = dict.fromkeys(self.numbers, 0)
+        addresses = dict.fromkeys(self.call.model.arguments, 0)
         for name, tensor in zip(self.given, tensors, strict=True):
             if not tensor.data_ptr():
                 check_memory([label_of(self.call.model, name)], [tensor])
@@ -486,8 +493,9 @@ class KernelPlan:
         )
         spec = KernelSpec.of(
             call.model, self.target, direction, call.surrogate, call.reset, call.detach_reset,
-            NAMES[self.dtype], per_neuron=self.per_neuron, learned=learned, record=call.record,
-            arriving=sequences if arriving else (), **shape._asdict(),
+            NAMES[self.dtype], per_neuron=self.per_neuron, per_step=self.per_step,
+            learned=learned, record=call.record, arriving=sequences if arriving else (),
+            **shape._asdict(),
         )  # fmt: skip
         kernel = build.load_kernel(spec, self.device.index or 0)
         launch = _Launch(spec, kernel, members, self._fixed(spec))
@@ -512,6 +520,21 @@ _CHANGED = (
     "that backward is given are not what forward saved: a saved-tensor hook, or .data, has changed"
     " them; run forward again, or leave them as they are"
 )
+
+
+def _is_read_so(tensor: Tensor, how: _Saved) -> bool:
+    shape, dtype, _, strides = how
+    same = (tensor.shape, tensor.dtype) == (shape, dtype) and not tensor.is_neg()
+    return same and (strides is None or tensor.stride() == strides)
+
+
+def _as_read(tensor: Tensor, how: _Saved) -> Tensor:
+    """The tensor in the shape, dtype and layout that a kernel reads (differentiably)."""
+    shape, dtype, _, strides = how
+    tensor = tensor.to(dtype)
+    if strides is None:
+        return tensor.resolve_neg()
+    return layout.in_layout(tensor.expand(shape), shape, strides)
 
 
 def _as_saved(label: str, tensor: Tensor, was: tuple[Any, ...]) -> Tensor:

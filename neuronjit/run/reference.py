@@ -13,6 +13,7 @@ from ..language.tree import Node, small_power
 from ..models.block import program
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
+from . import layout
 from .checks import arithmetic
 
 
@@ -68,11 +69,12 @@ def run(
             return value.to(real)
         return torch.tensor(value, dtype=real, device=x_seq.device)
 
-    known = {name: as_tensor(value) for name, value in values.items()}
+    known = {name: as_tensor(values[name]) for name in (*model.state, *model.params)}
+    inputs = [_steps(values[name], x_seq, real) for name in model.inputs[1:]]
     known.update({z: known[z].expand(x_seq.shape[1:]) for z in model.state})
     outputs: dict[str, list[Tensor]] = {"s": [], **{name: [] for name in record}}
-    for x in x_seq.unbind():
-        now = {**known, "x": x.to(real)}
+    for x, *others in zip(x_seq.unbind(), *inputs, strict=True):
+        now = {**known, **dict(zip(model.inputs, [x.to(real), *others], strict=True))}
         for statement in steps.statements:
             if statement.expression.op != "fire":
                 now[statement.target] = evaluate(statement.expression, now, as_tensor)
@@ -91,6 +93,13 @@ def run(
     # with T = 0 there is nothing to stack: the empty sequence that still has x_seq's gradient
     stacked = {name: torch.stack(s) if s else x_seq * 0 for name, s in outputs.items()}
     return stacked.pop("s"), {z: known[z].clone() for z in model.state}, stacked
+
+
+def _steps(given: Any, x_seq: Tensor, real: torch.dtype) -> Sequence[Tensor]:
+    """What a further input is at each step: stored as x_seq is, unless all neurons share it."""
+    if not layout.shared_by_neurons(given.shape, x_seq.shape):
+        given = given.to(x_seq.dtype)
+    return given.to(real).expand(x_seq.shape).unbind()  # type: ignore[no-any-return]
 
 
 def evaluate(node: Node, values: Mapping[str, Any], constant: Callable[[float], Any]) -> Any:

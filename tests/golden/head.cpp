@@ -234,8 +234,9 @@ template <class Sizes> struct Arrays : Sizes {
   static constexpr int LANES = Sizes::LANES;
   using State = real[Sizes::STATES][LANES];
   using Some = bool[Sizes::STATES];            // whether there is a gradient of a state
-  using In = real[Sizes::INPUTS][LANES];       // of the sequences that a step reads
+  using In = real[Sizes::INPUTS][LANES];       // what a step reads: first of each neuron, then of all neurons
   using Sequences = real[Sizes::SEQUENCES][LANES];  // these, and the gradients that arrive
+  static constexpr int OWN = Sizes::INPUTS - Sizes::PER_STEP;  // inputs that differ between neurons
   using Out = real[Sizes::OUTPUTS][LANES];
   struct Gradients {
     State z;  // of the states after the step in hand
@@ -270,40 +271,67 @@ template <class M> struct Params {
   }
 };
 
-// Rows of all sequences that are read, of COUNT steps, loaded together: one waiting time for all of them.
+// What COUNT steps read of all sequences, loaded together: one waiting time for all of them.
 template <class M, int COUNT, bool TOGETHER> struct Inputs {
+  using real = typename M::real;
   static constexpr int LANES = M::LANES;
-  Row<typename M::storage, LANES> rows[M::SEQUENCES][COUNT];
+  Row<typename M::storage, LANES> rows[M::SEQUENCES - M::PER_STEP][COUNT];
+  real shared[M::PER_STEP + 1][COUNT];
 
-  // of n steps; past the last of them the last row again, because a branch would serialise the loads
-  template <bool ALL> INLINE_ void load(const typename M::Args& a, const long long at, const int valid, const int n) {
+  // of n steps from t on; past the last the last again, because a branch would serialise the loads
+  template <bool ALL>
+  INLINE_ void load(const typename M::Args& a, const long long first, const long long t, const int valid, const int n) {
+    const long long at = first + t * a.N;
     UNROLL_ for (int k = 0; k < COUNT; ++k) {
-      UNROLL_ for (int i = 0; i < M::SEQUENCES; ++i) {
-        rows[i][k] = load_row<LANES>(a.in[i] + at + (ALL || k < n ? k : n - 1) * a.N, valid);
+      const int step = ALL || k < n ? k : n - 1;
+      UNROLL_ for (int i = 0; i < M::SEQUENCES - M::PER_STEP; ++i) {
+        rows[i][k] = load_row<LANES>(a.in[i] + at + step * a.N, valid);
+      }
+      if constexpr (M::PER_STEP > 0) {
+        UNROLL_ for (int i = 0; i < M::PER_STEP; ++i) { shared[i][k] = a.step[i][t + step]; }
       }
     }
   }
   // the first ones of step k's
-  template <int SOME> INLINE_ void get(typename M::real (&to)[SOME][LANES], const int k) const {
+  template <int SOME> INLINE_ void get(real (&to)[SOME][LANES], const int k) const {
     UNROLL_ for (int i = 0; i < SOME; ++i) {
-      UNROLL_ for (int l = 0; l < LANES; ++l) { to[i][l] = to_real(rows[i][k].lane[l]); }
+      UNROLL_ for (int l = 0; l < LANES; ++l) {
+        if (i >= M::OWN && i < M::INPUTS) {
+          to[i][l] = shared[i - M::OWN][k];
+        } else {
+          to[i][l] = to_real(rows[i < M::OWN ? i : i - M::PER_STEP][k].lane[l]);
+        }
+      }
     }
   }
 };
 
 // Each loaded when it is used, by a loop of its own: compilers vectorise narrow and wide numbers apart, not mixed.
 template <class M, int COUNT> struct Inputs<M, COUNT, false> {
+  using real = typename M::real;
+  static constexpr int LANES = M::LANES;
   const typename M::Args* from;
-  long long first_row;
+  long long first_row, first_step;
   int existing;
 
-  template <bool ALL> INLINE_ void load(const typename M::Args& a, const long long at, const int valid, int) {
+  template <bool ALL>
+  INLINE_ void load(const typename M::Args& a, const long long first, const long long t, const int valid, int) {
     from = &a;
-    first_row = at;
+    first_row = first + t * a.N;
+    first_step = t;
     existing = valid;
   }
-  template <int SOME> INLINE_ void get(typename M::real (&to)[SOME][M::LANES], const int k) const {
-    UNROLL_ for (int i = 0; i < SOME; ++i) { load_reals(to[i], from->in[i] + first_row + k * from->N, existing); }
+  template <int SOME> INLINE_ void get(real (&to)[SOME][LANES], const int k) const {
+    UNROLL_ for (int i = 0; i < SOME; ++i) {
+      if constexpr (M::PER_STEP > 0) {
+        if (i >= M::OWN && i < M::INPUTS) {
+          const real shared = from->step[i - M::OWN][first_step + k];
+          FOR_LANES_ { to[i][l] = shared; }
+          continue;
+        }
+      }
+      load_reals(to[i], from->in[i < M::OWN ? i : i - M::PER_STEP] + first_row + k * from->N, existing);
+    }
   }
 };
 
@@ -349,6 +377,10 @@ template <class M> struct Walk {
     }
   }
 
+  INLINE_ void fetch_rows(const long long t) const {
+    UNROLL_ for (int i = 0; i < M::OWN; ++i) { fetch(a.in[i] + row(t)); }
+  }
+
   // --- forward ---
 
   INLINE_ void forward() const {
@@ -357,26 +389,26 @@ template <class M> struct Walk {
     Inputs<M, LOADS, TOGETHER> now, ahead;
     long long t = 0;
     if constexpr (M::AHEAD) {
-      if (LOADS <= T) { ahead.template load<true>(a, row(0), valid, LOADS); }
-      for (int k = LOADS; k < 2 * LOADS && k < T; ++k) { fetch(a.in[0] + row(k)); }
+      if (LOADS <= T) { ahead.template load<true>(a, first, 0, valid, LOADS); }
+      for (int k = LOADS; k < 2 * LOADS && k < T; ++k) { fetch_rows(k); }
     }
     // without guards, which would serialise the loads
     AS_IT_IS_ for (; t + LOADS <= T; t += LOADS) {
       if constexpr (M::AHEAD) {
         now = ahead;
-        if (t + 2 * LOADS <= T) { ahead.template load<true>(a, row(t + LOADS), valid, LOADS); }
+        if (t + 2 * LOADS <= T) { ahead.template load<true>(a, first, t + LOADS, valid, LOADS); }
         if (t + 3 * LOADS <= T) {
-          UNROLL_ for (int k = 0; k < LOADS; ++k) { fetch(a.in[0] + row(t + 2 * LOADS + k)); }
+          UNROLL_ for (int k = 0; k < LOADS; ++k) { fetch_rows(t + 2 * LOADS + k); }
         }
       } else {
-        now.template load<true>(a, row(t), valid, LOADS);
+        now.template load<true>(a, first, t, valid, LOADS);
       }
       advance<true>(z, now, t, LOADS);
     }
     if constexpr (TOGETHER) {
       if (t < T) {
         const int n = (int)(T - t);
-        now.template load<false>(a, row(t), valid, n);
+        now.template load<false>(a, first, t, valid, n);
         advance<false>(z, now, t, n);
       }
     }
@@ -431,7 +463,7 @@ template <class M> struct Walk {
     if constexpr (!TOGETHER || LANES > 2) {  // a guard around each step: many lanes have no registers to compute ahead
       AS_IT_IS_ for (long long t = (T - 1) / K * K; t >= 0; t -= K) {
         const int n = T - t < K ? (int)(T - t) : K;  // only the last steps are fewer than K
-        now.template load<false>(a, row(t), valid, n);
+        now.template load<false>(a, first, t, valid, n);
         LOADS_ISSUED_
         load_states(z, t);
         again_and_back<false>(z, d, some, now, t, n);
@@ -440,7 +472,7 @@ template <class M> struct Walk {
       long long t = T / K * K;
       if (t < T) {  // the last steps, where they are fewer than K
         const int n = (int)(T - t);
-        now.template load<false>(a, row(t), valid, n);
+        now.template load<false>(a, first, t, valid, n);
         LOADS_ISSUED_
         load_states(z, t);
         again_and_back<false>(z, d, some, now, t, n);
@@ -448,7 +480,7 @@ template <class M> struct Walk {
       t -= K;
       if constexpr (M::AHEAD) {
         if (t >= 0) {
-          ahead.template load<true>(a, row(t), valid, K);
+          ahead.template load<true>(a, first, t, valid, K);
           load_states(z_ahead, t);
         }
       }
@@ -457,12 +489,12 @@ template <class M> struct Walk {
           now = ahead;
           UNROLL_ for (int i = 0; i < STATES; ++i) { FOR_LANES_ { z[i][l] = z_ahead[i][l]; } }
           if (t > 0) {
-            ahead.template load<true>(a, row(t - K), valid, K);
+            ahead.template load<true>(a, first, t - K, valid, K);
             load_states(z_ahead, t - K);
           }
           LOADS_ISSUED_
         } else {
-          now.template load<true>(a, row(t), valid, K);
+          now.template load<true>(a, first, t, valid, K);
           LOADS_ISSUED_
           load_states(z, t);
         }
@@ -493,7 +525,7 @@ template <class M> struct Walk {
         now.get(in, k);
         FOR_LANES_ { M::step_back(p, in, before[k], d, some, out, l); }
         M::pass(some);
-        store_reals_if(a.out[0], row(t + k), out[0], valid);
+        UNROLL_ for (int i = 0; i < M::INPUTS; ++i) { store_reals_if(a.out[i], row(t + k), out[i], valid); }
       }
     }
   }

@@ -7,8 +7,8 @@ struct Sizes {
   using real = float;  // arithmetic, states and parameters
   using storage = half_t;  // sequences: x, s and their gradients
   static constexpr bool FORWARD = false, AHEAD = false;
-  static constexpr int LANES = 4, K = 4, LOADS = 4, INPUTS = 1, SEQUENCES = 2, OUTPUTS = 1, STATES = 1, SHARED = 3,
-      SHARED_DIVISORS = 1, EACH = 0, EACH_DIVISORS = 0, SURROGATE = 1, EACH_LEARNED = 0, SUMS = 0;
+  static constexpr int LANES = 4, K = 4, LOADS = 4, INPUTS = 1, PER_STEP = 0, SEQUENCES = 2, OUTPUTS = 1, STATES = 1,
+      SHARED = 3, SHARED_DIVISORS = 1, EACH = 0, EACH_DIVISORS = 0, SURROGATE = 1, EACH_LEARNED = 0, SUMS = 0;
 };
 struct Kernel : Arrays<Sizes> {
   struct Args {

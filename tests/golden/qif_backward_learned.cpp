@@ -7,8 +7,8 @@ struct Sizes {
   using real = float;  // arithmetic, states and parameters
   using storage = float;  // sequences: x, s and their gradients
   static constexpr bool FORWARD = false, AHEAD = false;
-  static constexpr int LANES = 64, K = 16, LOADS = 1, INPUTS = 1, SEQUENCES = 2, OUTPUTS = 1, STATES = 1, SHARED = 6,
-      SHARED_DIVISORS = 0, EACH = 0, EACH_DIVISORS = 0, SURROGATE = 1, EACH_LEARNED = 0, SUMS = 2;
+  static constexpr int LANES = 64, K = 16, LOADS = 1, INPUTS = 1, PER_STEP = 0, SEQUENCES = 2, OUTPUTS = 1, STATES = 1,
+      SHARED = 6, SHARED_DIVISORS = 0, EACH = 0, EACH_DIVISORS = 0, SURROGATE = 1, EACH_LEARNED = 0, SUMS = 2;
 };
 struct Kernel : Arrays<Sizes> {
   struct Args {

@@ -242,7 +242,7 @@ def shape(
     if is_long(model):
         return Shape(k, 1, 1, False)
     widest = max(min(8 // itemsize, 4 // len(model.state)), 1)
-    if sequences > 1:
+    if sequences + len(model.inputs) - 1 > 1:
         widest = 1  # rows of several sequences at once want all registers
     lanes = 1
     while lanes < widest and aligned and n % (lanes * 2) == 0 and n // (lanes * 2) >= VERY_FEW:
