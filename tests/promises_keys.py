@@ -119,6 +119,15 @@ def _changed(directory):
         "prefetch": True,
     }.items():
         yield f"spec: {field}", dataclasses.replace(spec, **{field: value}).request != spec.request
+    two = nj.NeuronModel("two", "h = v + x * g", state={"v": 0.0}, inputs=("x", "g"))
+    for field, value, plain in (
+        ("by_channel", True, dataclasses.replace(spec, per_neuron=("tau",))),
+        ("per_step", ("g",), dataclasses.replace(spec, model=two)),
+    ):
+        yield (
+            f"spec: {field}",
+            dataclasses.replace(plain, **{field: value}).request != plain.request,
+        )
     smooth = [  # both directions have a surrogate only where it is smooth
         dataclasses.replace(spec, spiking=False, direction=direction).request
         for direction in ("forward", "backward")

@@ -17,6 +17,7 @@ from neuronjit import cli
 from neuronjit.cache import admin, store
 from neuronjit.kernels import ahead, build
 from neuronjit.kernels.targets import cpu, cuda
+from neuronjit.kernels.targets.base import Grid
 
 ROOT = Path(nj.__file__).parent.parent
 
@@ -145,10 +146,10 @@ def test_ranks_compile_each_kernel_once(tmp_path):
 class Launched:
     """Stands in for a kernel: looked up, never run."""
 
-    def blocks(self, n):
-        return 1
+    def grid(self, n, channels):
+        return Grid(1, 1)
 
-    def launch(self, packed, n, steps):
+    def launch(self, packed, grid, n, steps):
         pass
 
 

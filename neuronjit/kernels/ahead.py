@@ -141,7 +141,9 @@ def choices(
                 record=names, arriving=("s", *names), per_neuron=wide, per_step=shared,
                 learned=learned,
             )  # fmt: skip
-            chosen.update(dict.fromkeys(every_shape(spec, target)))
+            ways = (False, True) if wide and target == "cuda" else (False,)
+            for way in ways:
+                chosen.update(dict.fromkeys(every_shape(replace(spec, by_channel=way), target)))
     return list(chosen)
 
 

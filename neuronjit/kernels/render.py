@@ -93,6 +93,11 @@ def _context(spec: KernelSpec) -> dict[str, Any]:
             "EACH_LEARNED": len(spec.each_learned),
             "SUMS": len(spec.summed),
         },
+        "facts": {
+            "FORWARD": not backward,
+            "AHEAD": spec.prefetch,
+            "BY_CHANNEL": spec.by_channel,
+        },
         "surrogate_functions": _surrogate_functions(spec),
         "step": _step(spec),
         **(_adjoint(spec) if backward else {}),

@@ -79,6 +79,7 @@ class KernelSpec:
     spiking: bool = True
     detach_reset: bool = False
     per_neuron: tuple[str, ...] = ()  # parameters that differ between neurons
+    by_channel: bool = False  # those repeat alike, and threads stay with their channels
     per_step: tuple[str, ...] = ()  # inputs that all neurons share: one number a step
     learned: tuple[str, ...] = ()  # backward: parameters whose gradient is wanted
     record: tuple[str, ...] = ()  # forward: sequences that are returned besides the spikes
@@ -127,6 +128,8 @@ class KernelSpec:
                 raise SpecError(
                     f"{field} must be a power of two from 1 to {MOST}, got {ascii(number)[:80]}"
                 )
+        if self.by_channel and not self.per_neuron:
+            raise SpecError("by_channel concerns parameters that differ between neurons")
         if self.loads > self.interval:
             raise SpecError(f"loads={self.loads} must be at most interval={self.interval}")
 
@@ -245,7 +248,11 @@ class KernelSpec:
                 Group("const real*", "last_grad", states),
                 Group("real*", "start_grad", states),
                 Group("const real*", "checkpoints"),
-                Group("real*", "each_grad", self.each_learned),
+                *(
+                    [Group("real*", "channel_partials", None if self.each_learned else ())]
+                    if self.by_channel
+                    else [Group("real*", "each_grad", self.each_learned)]
+                ),
                 Group("real*", "partials", None if self.summed else ()),
             ]
         pointers += [
@@ -279,6 +286,7 @@ class KernelSpec:
         )
         for word, names in lists.items():
             parts += [f"{word}_{'_'.join(names)}"] if names else []
+        parts += ["by_channel"] if self.by_channel else []
         parts += [f"k{self.interval}", f"l{self.lanes}", f"r{self.loads}"]
         parts += ["ahead"] if self.prefetch else []
         return "_".join(parts)

@@ -62,8 +62,19 @@ class Repeat(NamedTuple):
         """The parameter's numbers in the order in which the kernel counts them."""
         if self.order is None:
             return in_layout(tensor.expand(tuple(shape)), shape, strides)
-        tensor = tensor.reshape((1,) * (len(shape) - tensor.dim()) + tensor.shape)
+        tensor = tensor.reshape(self._padded(tensor.shape, shape))
         return tensor.permute(self.order).contiguous()
+
+    def back(self, numbers: Tensor, given: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """What `elements` puts in the kernel's order, back in the parameter's shape."""
+        order = self.order or tuple(range(len(shape)))
+        padded = self._padded(given, shape)
+        numbers = numbers.reshape([padded[d] for d in order])
+        return numbers.permute([order.index(d) for d in range(len(order))]).reshape(tuple(given))
+
+    @staticmethod
+    def _padded(given: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+        return (1,) * (len(shape) - len(given)) + tuple(given)
 
 
 def repeat(param: Sequence[int], shape: Sequence[int], strides: Sequence[int]) -> Repeat:

@@ -19,7 +19,7 @@ from ..errors import BackendError, CompileError, DifferentiationError, SpecError
 from ..kernels import build, targets
 from ..kernels.spec import NAMES, KernelSpec
 from ..kernels.targets import TARGETS
-from ..kernels.targets.base import Kernel, steps_between_checkpoints
+from ..kernels.targets.base import Channels, Kernel, steps_between_checkpoints
 from ..settings import warn_once
 from ..torch_private import autograd_again, is_zero_tensor
 from . import layout, reference
@@ -213,20 +213,26 @@ class _Launch:
         kernel: Kernel,
         given: Sequence[Member],
         fixed: Mapping[str, Mapping[str, float]],
+        size: tuple[int, int],
+        channels: Channels | None,
     ) -> None:
-        """`given` are the members that each call has, `fixed` the last groups, always the same."""
+        """`given` are the members that each call has, `fixed` the last groups, always the same.
+
+        `size` is (N, T); `channels` those that the kernel walks, if it does.
+        """
         groups = spec.arguments
-        self.run = kernel.launch
-        self.blocks = kernel.blocks
+        self._run, self._size = kernel.launch, size
+        self.grid = kernel.grid(size[0], channels)
         self._pack = struct.Struct("@" + "".join(g.count * g.code for g in groups) + "0q").pack
         members = [(g.name, name) for g in groups for name in g.of or (_ALONE,)]
         varying = [member for member in members if member[0] not in fixed]
         self._order = [given.index(member) for member in varying]
         self._fixed = [fixed[group][name] for group, name in members[len(varying) :]]
 
-    def pack(self, given: Sequence[int]) -> bytes:
-        """The kernel's argument."""
-        return self._pack(*[given[i] for i in self._order], *self._fixed)
+    def run(self, given: Sequence[int]) -> None:
+        """Launch the kernel on what lies at these addresses."""
+        packed = self._pack(*[given[i] for i in self._order], *self._fixed)
+        self._run(packed, self.grid, *self._size)
 
 
 class _Arriving(NamedTuple):
@@ -235,6 +241,7 @@ class _Arriving(NamedTuple):
     sequences: tuple[str, ...]  # whose gradients arrive
     learned: tuple[str, ...]  # parameters whose gradient is wanted
     summed: tuple[str, ...]  # those of them that all neurons share
+    by_channel: tuple[str, ...]  # those that a kernel sums channel by channel
     members: tuple[Member, ...]  # of the argument, in the order in which `backward` lists them
     launches: dict[bool, _Launch]  # by whether all addresses are aligned
 
@@ -262,6 +269,7 @@ class KernelPlan:
             if name in model.params and tensor.numel() != 1
         }
         self.per_neuron = tuple(p for p in self.params if p in self.repeats)
+        self.channels = self._channels()
         self.per_step = tuple(
             name for name in self.inputs if layout.shared_by_neurons(given[name].shape, x.shape)
         )
@@ -302,6 +310,15 @@ class KernelPlan:
         self._launches: dict[bool, _Launch] = {}  # of forward, by whether addresses are aligned
         self._arrivals: dict[Any, _Arriving] = {}
 
+    def _channels(self) -> Channels | None:
+        """Those with which threads stay, where all parameters that have channels repeat alike."""
+        alike = set(self.repeats.values())
+        if len(alike) != 1 or (repeat := alike.pop()).order is None:
+            return None
+        channels = Channels(repeat.inner, repeat.period)
+        walks = targets.by_name(self.target).walks_channels(self.n, channels)
+        return channels if walks else None
+
     def prepare(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         """x and the tensors in the dtype and layout that the kernels read (differentiably)."""
         if self.copies:
@@ -331,7 +348,7 @@ class KernelPlan:
         pointers += (_pointer(checkpoints), *given)
         aligned = not reduce(or_, pointers) & 15
         launch = self._launches.get(aligned) or self._load(aligned)
-        launch.run(launch.pack(pointers), self.n, self.T)
+        launch.run(pointers)
         del alive
         return [spikes, *lasts, *records], checkpoints
 
@@ -366,7 +383,7 @@ class KernelPlan:
         x_grad = torch.empty_like(x) if wanted[0] else None
         own: dict[str, Tensor] = {}
         for name, want in zip(self.given, wanted[1:], strict=True):
-            if want and name not in arriving.summed:
+            if want and name not in arriving.summed and name not in arriving.by_channel:
                 own[name] = torch.empty_like(x) if name in self.inputs else self._empty_state()
         given, alive = self._addresses(tensors)
         pointers = [x.data_ptr(), *[g.data_ptr() for g in arrived], _pointer(x_grad)]
@@ -379,19 +396,26 @@ class KernelPlan:
         pointers += [own[p].data_ptr() for p in arriving.learned if p in own]
         aligned = not reduce(or_, pointers) & 15
         launch = arriving.launches.get(aligned) or self._load(aligned, arriving)
-        partials = None
+        parts: list[tuple[tuple[str, ...], Tensor]] = []
+        if of_channels := arriving.by_channel:
+            sizes = (len(of_channels), launch.grid.slices, self.repeats[of_channels[0]].period)
+            parts.append((of_channels, torch.empty(sizes, dtype=self.real, device=self.device)))
         if summed := arriving.summed:
-            size = (len(summed), launch.blocks(self.n))
-            partials = torch.empty(size, dtype=self.real, device=self.device)
-            pointers.append(partials.data_ptr())
-        launch.run(launch.pack(pointers), self.n, self.T)
+            sizes = (len(summed), launch.grid.blocks, 1)
+            parts.append((summed, torch.empty(sizes, dtype=self.real, device=self.device)))
+        launch.run([*pointers, *[partials.data_ptr() for _, partials in parts]])
         del alive
         if not self.given:
             return [x_grad]
         results: Gradients = [x_grad]
-        totals = {} if partials is None else dict(zip(summed, partials.sum(1), strict=True))
+        totals: dict[str, Tensor] = {}
+        for names, partials in parts:
+            totals.update(zip(names, partials.sum(1), strict=True))
         for name, tensor in zip(self.given, tensors, strict=True):
-            if name in totals:
+            if name in totals and name in self.repeats:
+                back = self.repeats[name].back(totals[name], tensor.shape, self.shape)
+                results.append(back)
+            elif name in totals:
                 results.append(totals[name].reshape(tensor.shape))
             elif name in self.per_step and name in own:
                 neurons = tuple(range(1, x.dim()))
@@ -408,6 +432,7 @@ class KernelPlan:
             want = {name for name, w in zip(self.given, wanted[1:], strict=True) if w}
             learned = tuple(p for p in self.params if p in want)
             summed = tuple(p for p in learned if p not in self.repeats)
+            by_channel = tuple(p for p in learned if p in self.repeats and self.channels)
             sequences = tuple(n for n, here in present if here)
             members = (
                 *(("in", name) for name in ("x", *sequences)),
@@ -416,10 +441,11 @@ class KernelPlan:
                 *(("start_grad", z) for z in self.states),
                 ("checkpoints", _ALONE),
                 *self._members,
-                *(("each_grad", p) for p in learned if p not in summed),
+                *(("each_grad", p) for p in learned if p not in (*summed, *by_channel)),
+                *([("channel_partials", _ALONE)] if by_channel else []),
                 ("partials", _ALONE),
             )
-            self._arrivals[key] = _Arriving(sequences, learned, summed, members, {})
+            self._arrivals[key] = _Arriving(sequences, learned, summed, by_channel, members, {})
         return self._arrivals[key]
 
     def _as_planned(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
@@ -487,18 +513,23 @@ class KernelPlan:
         learned: tuple[str, ...] = ()
         launches, members = self._launches, self._forward_members
         if arriving:
-            direction, (sequences, learned, _, members, launches) = "backward", arriving
+            direction, (sequences, learned, *_, members, launches) = "backward", arriving
+        wide = aligned
+        if self.channels:  # lanes are of one channel, or of channels next to each other
+            inner, period = self.channels
+            wide = aligned and not (inner if inner > 1 else period) % 4
         shape = targets.by_name(self.target).shape(
-            direction, self.dtype.itemsize, call.model, len(sequences), self.n, self.T, aligned
+            direction, self.dtype.itemsize, call.model, len(sequences), self.n, self.T, wide
         )
         spec = KernelSpec.of(
             call.model, self.target, direction, call.surrogate, call.reset, call.detach_reset,
-            NAMES[self.dtype], per_neuron=self.per_neuron, per_step=self.per_step,
-            learned=learned, record=call.record, arriving=sequences if arriving else (),
-            **shape._asdict(),
+            NAMES[self.dtype], per_neuron=self.per_neuron, by_channel=self.channels is not None,
+            per_step=self.per_step, learned=learned, record=call.record,
+            arriving=sequences if arriving else (), **shape._asdict(),
         )  # fmt: skip
         kernel = build.load_kernel(spec, self.device.index or 0)
-        launch = _Launch(spec, kernel, members, self._fixed(spec))
+        size = self.n, self.T
+        launch = _Launch(spec, kernel, members, self._fixed(spec), size, self.channels)
         return launches.setdefault(aligned, launch)
 
     def _fixed(self, spec: KernelSpec) -> dict[str, Mapping[str, float]]:

@@ -28,13 +28,27 @@ class Shape(NamedTuple):
     prefetch: bool
 
 
+class Channels(NamedTuple):
+    """How parameters repeat: neuron n has those of channel n // inner % period."""
+
+    inner: int
+    period: int
+
+
+class Grid(NamedTuple):
+    """The pieces of a kernel's work."""
+
+    blocks: int  # so many partial sums has the gradient of a parameter that all neurons share
+    slices: int  # so many has that of a channel, where a kernel sums it
+
+
 class Kernel(Protocol):
     """A loaded kernel."""
 
-    def blocks(self, n: int, /) -> int:
-        """How many partial sums each summed gradient of a parameter has."""
+    def grid(self, n: int, channels: Channels | None, /) -> Grid:
+        """Into how many pieces its work is cut; `channels` are those that it walks, if it does."""
 
-    def launch(self, packed: bytes, n: int, steps: int, /) -> None:
+    def launch(self, packed: bytes, grid: Grid, n: int, steps: int, /) -> None:
         """Run it, or queue it on the current stream. `packed` is its argument struct."""
 
 
@@ -43,6 +57,9 @@ class Target(Protocol):
 
     BLOCK: int  # threads of a block
     KEEPS_RECIPROCALS: bool  # of parameters that states are divided by
+
+    def walks_channels(self, n: int, channels: Channels, /) -> bool:
+        """Whether kernels of n neurons, whose parameters repeat so, stay with their channels."""
 
     def why_unavailable(self) -> str | None:
         """What is missing for running kernels here, and how to get it; None where nothing is."""

@@ -20,7 +20,16 @@ from ...errors import BackendError, CompileError, SpecError, known
 from ...models.model import NeuronModel
 from ...settings import cxx
 from . import scratch
-from .base import MOST_TERMS, Shape, debug, first_lines, keep_source, steps_between_checkpoints
+from .base import (
+    MOST_TERMS,
+    Channels,
+    Grid,
+    Shape,
+    debug,
+    first_lines,
+    keep_source,
+    steps_between_checkpoints,
+)
 from .binary import SHARED, why_not_elf
 
 BLOCK = 1  # a loop over neurons takes the place of threads
@@ -200,11 +209,11 @@ class Kernel:
         self._function = function
         self._lanes = lanes
 
-    def blocks(self, n: int) -> int:
-        """How many partial sums each summed gradient of a parameter has."""
-        return -(-n // self._lanes)
+    def grid(self, n: int, channels: Channels | None) -> Grid:
+        """Into how many pieces the work is cut; they do not follow channels."""
+        return Grid(-(-n // self._lanes), 0)
 
-    def launch(self, packed: bytes, n: int, steps: int) -> None:
+    def launch(self, packed: bytes, grid: Grid, n: int, steps: int) -> None:
         """Run the kernel on torch's number of threads. `packed` is the argument struct."""
         threads = torch.get_num_threads() if n * steps >= _PARALLEL_FROM and not _forked else 1
         self._function(packed, threads)
@@ -294,6 +303,11 @@ def _dlopen_file(binary: bytes) -> ctypes.CDLL:
     """Where memory files cannot be run: a private file that lives as long as the call."""
     with scratch.scratch(executable=True) as folder:
         return ctypes.CDLL(scratch.write(folder, f"{os.getpid()}-{next(_loads)}.so", binary))
+
+
+def walks_channels(n: int, channels: Channels) -> bool:
+    """Never: a stretch of neurons reads its parameters once, and that is cheap here."""
+    return False
 
 
 def shape(

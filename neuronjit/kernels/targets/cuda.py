@@ -18,6 +18,8 @@ from ...models.model import NeuronModel
 from ...torch_private import current_device, current_raw_stream
 from .base import (
     MOST_TERMS,
+    Channels,
+    Grid,
     Shape,
     debug,
     first_lines,
@@ -32,6 +34,9 @@ MULTIPROCESSORS = 132  # of an H100, where the shapes of kernels were measured
 # below so many threads the next rows are loaded ahead (backward FEW, forward VERY_FEW); with fewer
 # than VERY_FEW left, threads are not made wider
 FEW, VERY_FEW = 1024 * MULTIPROCESSORS, 512 * MULTIPROCESSORS
+# blocks that walk channels: enough for every multiprocessor, few enough that a thread reads its
+# parameters for several neurons
+MANY_BLOCKS = 32 * MULTIPROCESSORS
 KEEPS_RECIPROCALS = True  # of parameters: a division takes ten times as long as a product
 # --fmad=false and IEEE division keep spikes bit-identical to the CPU's; kernels wait for memory,
 # not for these.
@@ -169,25 +174,36 @@ class Kernel:
 
     def __init__(self, function: int, lanes: int, device: int, launch: Any) -> None:
         self._function = function
-        self._neurons = lanes * BLOCK
+        self._lanes = lanes
         self._device = device
         self._launch = launch
 
-    def blocks(self, n: int) -> int:
-        """How many partial sums each summed gradient of a parameter has."""
-        return -(-n // self._neurons)
+    def grid(self, n: int, channels: Channels | None) -> Grid:
+        """How many blocks there are; with `channels`, each walks some neurons of its channels."""
+        if channels is None:
+            return Grid(-(-n // (self._lanes * BLOCK)), 0)
+        inner, period = channels
+        if inner > 1:  # a channel a block
+            tiles, work = period, -(-(n // period) // (self._lanes * BLOCK))
+        else:  # some channels next to each other a block, and some rows of them
+            columns = period // self._lanes
+            tiles = -(-columns // BLOCK)
+            work = -(-(n // period) // (BLOCK // -(-columns // tiles)))
+        turns = -(-work * tiles // MANY_BLOCKS)  # of a thread
+        slices = -(-work // turns)
+        return Grid(tiles * slices, slices)
 
-    def launch(self, packed: bytes, n: int, steps: int) -> None:
+    def launch(self, packed: bytes, grid: Grid, n: int, steps: int) -> None:
         """Queue the kernel on torch's current stream of its device; `packed` is its argument."""
         device = self._device
         if current_device() != device:
             with torch.cuda.device(device):
-                return self.launch(packed, n, steps)
+                return self.launch(packed, grid, n, steps)
         if device not in _contexts.devices:
             _contexts.enter(device)
         pointer = (ctypes.c_char_p * 1)(packed)  # the driver copies what this points to
         self._launch(
-            self._function, -(-n // self._neurons), 1, 1, BLOCK, 1, 1, 0,
+            self._function, grid.blocks, 1, 1, BLOCK, 1, 1, 0,
             current_raw_stream(device), ctypes.addressof(pointer), 0,
         )  # fmt: skip
 
@@ -221,6 +237,12 @@ def load(binary: bytes, symbol: str, lanes: int, device: int) -> Kernel:
         raise BackendError(f"a kernel cannot be loaded: {error}\nkernel {symbol}") from None
     debug(f"loaded {symbol} on cuda:{device}: {registers} registers, {spilled} bytes spilled")
     return Kernel(function, lanes, device, driver.launchKernel)
+
+
+def walks_channels(n: int, channels: Channels) -> bool:
+    """Whether a channel has work for a block, or channels lie next to each other."""
+    of_one = n // channels.period
+    return of_one > 1 and (channels.inner == 1 or of_one >= 2 * BLOCK)
 
 
 def shape(
