@@ -128,15 +128,20 @@ INLINE_ long long channel_of(long long n, long long inner, long long count) { re
 #else
 #define OMP_FOR_
 #endif
+template <class M> struct Params;
+template <class M> struct Totals;
 template <class M> struct Walk;
 template <class M> INLINE_ void run(const typename M::Args& a, int threads) {
   const long long blocks = (a.N + M::LANES - 1) / M::LANES;
   OMP_FOR_ for (long long b = 0; b < blocks; ++b) {
     const long long left = a.N - b * M::LANES;
-    typename M::real sums[M::SUMS + 1] = {};
-    Walk<M>(a, b * M::LANES, left < M::LANES ? (int)left : M::LANES).run(sums);
+    const int valid = left < M::LANES ? (int)left : M::LANES;
+    Params<M> params(a);
+    params.of_neurons(a, b * M::LANES, valid);
+    Totals<M> totals;
+    Walk<M>(a, params, b * M::LANES, valid).run(totals);
     if constexpr (M::SUMS > 0) {
-      for (int i = 0; i < M::SUMS; ++i) { a.partials[i * blocks + b] = sums[i]; }
+      for (int i = 0; i < M::SUMS; ++i) { a.partials[i * blocks + b] = totals.shared[i]; }
     }
   }
 }
@@ -254,21 +259,53 @@ template <class M> struct Params {
   Divisor<real> each_divisor[M::EACH_DIVISORS + 1][LANES];
   real surrogate[M::SURROGATE + 1];
 
-  INLINE_ Params(const typename M::Args& a, const long long first, const int valid) {
+  INLINE_ explicit Params(const typename M::Args& a) {
     if constexpr (M::SHARED > 0) {
       UNROLL_ for (int i = 0; i < M::SHARED; ++i) { shared[i] = a.shared[i] ? *a.shared[i] : a.shared_value[i]; }
       UNROLL_ for (int i = 0; i < M::SHARED_DIVISORS; ++i) { shared_divisor[i] = divisor(shared[i]); }
-    }
-    if constexpr (M::EACH > 0) {
-      UNROLL_ for (int i = 0; i < M::EACH; ++i) {
-        FOR_LANES_ { each[i][l] = a.each[i][channel_of(first + (l < valid ? l : 0), a.inner[i], a.count[i])]; }
-      }
-      UNROLL_ for (int i = 0; i < M::EACH_DIVISORS; ++i) { FOR_LANES_ { each_divisor[i][l] = divisor(each[i][l]); } }
     }
     if constexpr (M::SURROGATE > 0) {
       UNROLL_ for (int i = 0; i < M::SURROGATE; ++i) { surrogate[i] = a.surrogate[i]; }
     }
   }
+
+  // Each neuron's own, of the neurons first .. first + LANES - 1, of which so many are valid.
+  INLINE_ void of_neurons(const typename M::Args& a, const long long first, const int valid) {
+    if constexpr (M::EACH > 0) {
+      UNROLL_ for (int i = 0; i < M::EACH; ++i) {
+        const real* from = a.each[i];
+        const long long inner = a.inner[i], count = a.count[i];
+        if (inner % LANES == 0) {  // one channel's
+          const real value = from[channel_of(first, inner, count)];
+          FOR_LANES_ { each[i][l] = value; }
+        } else if (inner == 1 && count % LANES == 0) {  // of channels next to each other
+          from += channel_of(first, 1, count);
+          FOR_LANES_ { each[i][l] = from[l < valid ? l : 0]; }
+        } else {
+          FOR_LANES_ { each[i][l] = from[channel_of(first + (l < valid ? l : 0), inner, count)]; }
+        }
+      }
+      divide();
+    }
+  }
+
+  // The same where all of them repeat alike: lane l has those of channel + l * next.
+  INLINE_ void of_channels(const typename M::Args& a, const long long channel, const int next) {
+    if constexpr (M::EACH > 0) {
+      UNROLL_ for (int i = 0; i < M::EACH; ++i) { FOR_LANES_ { each[i][l] = a.each[i][channel + l * next]; } }
+      divide();
+    }
+  }
+
+  INLINE_ void divide() {
+    UNROLL_ for (int i = 0; i < M::EACH_DIVISORS; ++i) { FOR_LANES_ { each_divisor[i][l] = divisor(each[i][l]); } }
+  }
+};
+
+// Gradients of parameters, summed by those who walk: of parameters that all neurons share, and of a channel's.
+template <class M> struct Totals {
+  typename M::real shared[M::SUMS + 1] = {};
+  typename M::real channel[M::BY_CHANNEL ? M::EACH_LEARNED + 1 : 1][M::LANES] = {};
 };
 
 // What COUNT steps read of all sequences, loaded together: one waiting time for all of them.
@@ -349,16 +386,16 @@ template <class M> struct Walk {
   const int T;
   const long long first;  // the neurons first .. first + LANES - 1, of which
   const int valid;        // so many exist
-  const Params<M> p;
+  const Params<M>& p;
 
-  INLINE_ Walk(const Args& args, const long long first_neuron, const int existing)
-      : a(args), N(args.N), T(args.T), first(first_neuron), valid(existing), p(args, first_neuron, existing) {}
+  INLINE_ Walk(const Args& args, const Params<M>& params, const long long first_neuron, const int existing)
+      : a(args), N(args.N), T(args.T), first(first_neuron), valid(existing), p(params) {}
 
-  INLINE_ void run(real* sums) const {
+  INLINE_ void run(Totals<M>& totals) const {
     if constexpr (M::FORWARD) {
       forward();
     } else {
-      backward(sums);
+      backward(totals);
     }
   }
 
@@ -437,7 +474,7 @@ template <class M> struct Walk {
 
   // --- backward: the states of K steps again from a checkpoint, then the steps' adjoints, the last first ---
 
-  INLINE_ void backward(real* sums) const {
+  INLINE_ void backward(Totals<M>& totals) const {
     Gradients d;
     Some some;  // after the step in hand
     UNROLL_ for (int i = 0; i < STATES; ++i) {
@@ -449,11 +486,13 @@ template <class M> struct Walk {
     UNROLL_ for (int i = 0; i < STATES; ++i) {
       if (a.start_grad[i]) { store_state(d.z[i], a.start_grad[i] + first, valid); }
     }
-    if constexpr (M::EACH_LEARNED > 0) {
+    if constexpr (M::BY_CHANNEL) {
+      UNROLL_ for (int i = 0; i < M::EACH_LEARNED; ++i) { FOR_LANES_ { totals.channel[i][l] += d.learned[i][l]; } }
+    } else if constexpr (M::EACH_LEARNED > 0) {
       UNROLL_ for (int i = 0; i < M::EACH_LEARNED; ++i) { store_state(d.learned[i], a.each_grad[i] + first, valid); }
     }
     UNROLL_ for (int i = 0; i < M::SUMS; ++i) {
-      FOR_LANES_ { sums[i] += l < valid ? d.learned[M::EACH_LEARNED + i][l] : real(0); }
+      FOR_LANES_ { totals.shared[i] += l < valid ? d.learned[M::EACH_LEARNED + i][l] : real(0); }
     }
   }
 

@@ -133,15 +133,73 @@ template <typename R> INLINE_ R block_sum(R a) {
   return a;
 }
 
-// The work of one thread, and the block's sums.
+template <class M> struct Params;
+template <class M> struct Totals;
 template <class M> struct Walk;
+
+// Parameters that repeat by channel: a thread stays with its channels, so that it reads them once, and adds up their
+// gradients over its neurons. Neuron (o * C + c) * I + i has channel c. A slice is the share of one block.
+template <class M> INLINE_ void run_by_channel(const typename M::Args& a, Totals<M>& totals) {
+  constexpr int LANES = M::LANES, BLOCK = 128;
+  const long long I = a.inner[0], C = a.count[0];
+  const bool apart = I > 1;  // a block has one channel; else a thread has LANES channels, the next thread the next
+  const int columns = apart ? 1 : (int)(C / LANES), tiles = (columns + BLOCK - 1) / BLOCK;
+  const int width = (columns + tiles - 1) / tiles, rows = BLOCK / width;
+  const int x = threadIdx.x % width, y = threadIdx.x / width;
+  const int group = (int)(blockIdx.x % (apart ? C : tiles));
+  const long long slice = blockIdx.x / (apart ? C : tiles), slices = gridDim.x / (apart ? C : tiles);
+  const long long c = apart ? group : ((long long)group * width + x) * LANES;
+  const bool works = y < rows && c < C;
+  const int lanes = apart ? LANES : 1;
+  if (works) {
+    Params<M> params(a);
+    params.of_channels(a, c, apart ? 0 : 1);
+    AS_IT_IS_ for (long long j = (slice * rows + y) * lanes; j < a.N / C; j += slices * rows * lanes) {
+      const long long o = j < 0x7fffffff && I < 0x7fffffff ? (unsigned)j / (unsigned)I : j / I;
+      Walk<M>(a, params, (o * C + c) * I + j - o * I, LANES).run(totals);
+    }
+  }
+  if constexpr (M::EACH_LEARNED > 0) {
+    __shared__ typename M::real of[BLOCK];
+    UNROLL_ for (int i = 0; i < M::EACH_LEARNED; ++i) {
+      typename M::real* to = a.channel_partials + (i * slices + slice) * C + c;
+      if (apart) {
+        typename M::real sum = 0;
+        FOR_LANES_ { sum += totals.channel[i][l]; }
+        sum = block_sum(sum);
+        if (threadIdx.x == 0) { *to = sum; }
+      } else {
+        FOR_LANES_ {
+          __syncthreads();
+          of[threadIdx.x] = totals.channel[i][l];
+          __syncthreads();
+          if (works && y == 0) {
+            typename M::real sum = 0;
+            for (int r = 0; r < rows; ++r) { sum += of[r * width + x]; }
+            to[l] = sum;
+          }
+        }
+      }
+    }
+  }
+}
+
+// The work of one thread, and the block's sums.
 template <class M> INLINE_ void run(const typename M::Args& a) {
-  const long long first = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * M::LANES;
-  typename M::real sums[M::SUMS + 1] = {};
-  if (first < a.N) { Walk<M>(a, first, M::LANES).run(sums); }
+  Totals<M> totals;
+  if constexpr (M::BY_CHANNEL) {
+    run_by_channel<M>(a, totals);
+  } else {
+    const long long first = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * M::LANES;
+    if (first < a.N) {
+      Params<M> params(a);
+      params.of_neurons(a, first, M::LANES);
+      Walk<M>(a, params, first, M::LANES).run(totals);
+    }
+  }
   if constexpr (M::SUMS > 0) {
     UNROLL_ for (int i = 0; i < M::SUMS; ++i) {
-      const auto total = block_sum(sums[i]);
+      const auto total = block_sum(totals.shared[i]);
       if (threadIdx.x == 0) { a.partials[(long long)i * gridDim.x + blockIdx.x] = total; }
     }
   }
@@ -249,21 +307,53 @@ template <class M> struct Params {
   Divisor<real> each_divisor[M::EACH_DIVISORS + 1][LANES];
   real surrogate[M::SURROGATE + 1];
 
-  INLINE_ Params(const typename M::Args& a, const long long first, const int valid) {
+  INLINE_ explicit Params(const typename M::Args& a) {
     if constexpr (M::SHARED > 0) {
       UNROLL_ for (int i = 0; i < M::SHARED; ++i) { shared[i] = a.shared[i] ? *a.shared[i] : a.shared_value[i]; }
       UNROLL_ for (int i = 0; i < M::SHARED_DIVISORS; ++i) { shared_divisor[i] = divisor(shared[i]); }
-    }
-    if constexpr (M::EACH > 0) {
-      UNROLL_ for (int i = 0; i < M::EACH; ++i) {
-        FOR_LANES_ { each[i][l] = a.each[i][channel_of(first + (l < valid ? l : 0), a.inner[i], a.count[i])]; }
-      }
-      UNROLL_ for (int i = 0; i < M::EACH_DIVISORS; ++i) { FOR_LANES_ { each_divisor[i][l] = divisor(each[i][l]); } }
     }
     if constexpr (M::SURROGATE > 0) {
       UNROLL_ for (int i = 0; i < M::SURROGATE; ++i) { surrogate[i] = a.surrogate[i]; }
     }
   }
+
+  // Each neuron's own, of the neurons first .. first + LANES - 1, of which so many are valid.
+  INLINE_ void of_neurons(const typename M::Args& a, const long long first, const int valid) {
+    if constexpr (M::EACH > 0) {
+      UNROLL_ for (int i = 0; i < M::EACH; ++i) {
+        const real* from = a.each[i];
+        const long long inner = a.inner[i], count = a.count[i];
+        if (inner % LANES == 0) {  // one channel's
+          const real value = from[channel_of(first, inner, count)];
+          FOR_LANES_ { each[i][l] = value; }
+        } else if (inner == 1 && count % LANES == 0) {  // of channels next to each other
+          from += channel_of(first, 1, count);
+          FOR_LANES_ { each[i][l] = from[l < valid ? l : 0]; }
+        } else {
+          FOR_LANES_ { each[i][l] = from[channel_of(first + (l < valid ? l : 0), inner, count)]; }
+        }
+      }
+      divide();
+    }
+  }
+
+  // The same where all of them repeat alike: lane l has those of channel + l * next.
+  INLINE_ void of_channels(const typename M::Args& a, const long long channel, const int next) {
+    if constexpr (M::EACH > 0) {
+      UNROLL_ for (int i = 0; i < M::EACH; ++i) { FOR_LANES_ { each[i][l] = a.each[i][channel + l * next]; } }
+      divide();
+    }
+  }
+
+  INLINE_ void divide() {
+    UNROLL_ for (int i = 0; i < M::EACH_DIVISORS; ++i) { FOR_LANES_ { each_divisor[i][l] = divisor(each[i][l]); } }
+  }
+};
+
+// Gradients of parameters, summed by those who walk: of parameters that all neurons share, and of a channel's.
+template <class M> struct Totals {
+  typename M::real shared[M::SUMS + 1] = {};
+  typename M::real channel[M::BY_CHANNEL ? M::EACH_LEARNED + 1 : 1][M::LANES] = {};
 };
 
 // What COUNT steps read of all sequences, loaded together: one waiting time for all of them.
@@ -344,16 +434,16 @@ template <class M> struct Walk {
   const int T;
   const long long first;  // the neurons first .. first + LANES - 1, of which
   const int valid;        // so many exist
-  const Params<M> p;
+  const Params<M>& p;
 
-  INLINE_ Walk(const Args& args, const long long first_neuron, const int existing)
-      : a(args), N(args.N), T(args.T), first(first_neuron), valid(existing), p(args, first_neuron, existing) {}
+  INLINE_ Walk(const Args& args, const Params<M>& params, const long long first_neuron, const int existing)
+      : a(args), N(args.N), T(args.T), first(first_neuron), valid(existing), p(params) {}
 
-  INLINE_ void run(real* sums) const {
+  INLINE_ void run(Totals<M>& totals) const {
     if constexpr (M::FORWARD) {
       forward();
     } else {
-      backward(sums);
+      backward(totals);
     }
   }
 
@@ -432,7 +522,7 @@ template <class M> struct Walk {
 
   // --- backward: the states of K steps again from a checkpoint, then the steps' adjoints, the last first ---
 
-  INLINE_ void backward(real* sums) const {
+  INLINE_ void backward(Totals<M>& totals) const {
     Gradients d;
     Some some;  // after the step in hand
     UNROLL_ for (int i = 0; i < STATES; ++i) {
@@ -444,11 +534,13 @@ template <class M> struct Walk {
     UNROLL_ for (int i = 0; i < STATES; ++i) {
       if (a.start_grad[i]) { store_state(d.z[i], a.start_grad[i] + first, valid); }
     }
-    if constexpr (M::EACH_LEARNED > 0) {
+    if constexpr (M::BY_CHANNEL) {
+      UNROLL_ for (int i = 0; i < M::EACH_LEARNED; ++i) { FOR_LANES_ { totals.channel[i][l] += d.learned[i][l]; } }
+    } else if constexpr (M::EACH_LEARNED > 0) {
       UNROLL_ for (int i = 0; i < M::EACH_LEARNED; ++i) { store_state(d.learned[i], a.each_grad[i] + first, valid); }
     }
     UNROLL_ for (int i = 0; i < M::SUMS; ++i) {
-      FOR_LANES_ { sums[i] += l < valid ? d.learned[M::EACH_LEARNED + i][l] : real(0); }
+      FOR_LANES_ { totals.shared[i] += l < valid ? d.learned[M::EACH_LEARNED + i][l] : real(0); }
     }
   }
 
