@@ -68,8 +68,8 @@ def test_every_field_is_checked():
     """A new field of KernelSpec would pass unchecked: look after it in manifest.from_json."""
     assert {field.name for field in fields(KernelSpec)} == {
         "model", "target", "direction", "dtype", "reset", "surrogate", "spiking", "detach_reset",
-        "per_neuron", "by_channel", "per_step", "learned", "record", "arriving", "interval", "lanes",
-        "loads", "prefetch",
+        "per_neuron", "by_channel", "per_step", "learned", "record", "arriving", "interval",
+        "lanes", "loads", "prefetch",
     }  # fmt: skip
 
 
