@@ -48,6 +48,8 @@ class NeuronModel(Immutable):
             exist.
         strict: fire on h > theta instead of h >= theta (as snnTorch and Norse do).
         positive: parameters that only make sense above zero; numbers are checked in every call.
+        about: what the neuron is and where it comes from, for readers: `help(model)` shows it. It
+            is no part of the model's identity; models that differ in nothing else are equal.
 
     Raises:
         EquationError: equations outside the language; names the line and the word.
@@ -61,6 +63,7 @@ class NeuronModel(Immutable):
     positive: frozenset[str]
     statements: tuple[Statement, ...]
     own_reset: bool  # the block assigns v
+    about: str
     recordable: tuple[str, ...]  # the states, h, and what else the block assigns
     token: str  # what a compiled graph holds of the model: a constant, readable in any process
 
@@ -77,8 +80,10 @@ class NeuronModel(Immutable):
         params: Mapping[str, float] | None = None,
         strict: bool = False,
         positive: Iterable[str] = (),
+        about: str = "",
     ) -> None:
         check_label(name, "model name")
+        expect(about, str, "about")
         this = f"model '{name}'"
         state = {check_name(k, "state"): _default(k, v) for k, v in state.items()}
         params = {check_name(k, "parameter"): _default(k, v) for k, v in (params or {}).items()}
@@ -107,16 +112,22 @@ class NeuronModel(Immutable):
             state=ReadOnly(state, _OTHER_STATE),
             params=ReadOnly(params, _OTHER_NUMBERS),
             positive=positive,
+            about=about,
             statements=statements,
             own_reset=any(s.target == "v" for s in statements),
             recordable=_recordable(state, statements),
             _identity=identity,
             _hash=hash(identity),
         )
+        if about:
+            self.__dict__["__doc__"] = f"{about}\n\n{equations}"  # what help(model) shows
         self.__dict__["token"] = json.dumps({**self.to_dict(), "equations": plain(equations)})
 
     def to_dict(self) -> dict[str, Any]:
-        """All that makes the model, as JSON can hold it: for graphs, manifests and pickles."""
+        """All that makes the model, as JSON can hold it: for graphs, manifests and pickles.
+
+        `about` is left out: it makes no other model, and older versions read what this one writes.
+        """
         return {
             "name": self.name,
             "equations": self.equations,
@@ -127,7 +138,7 @@ class NeuronModel(Immutable):
         }
 
     @classmethod
-    def from_dict(cls, data: Any) -> NeuronModel:
+    def from_dict(cls, data: Any, about: str = "") -> NeuronModel:
         """The model that `to_dict` described. The data may be a stranger's.
 
         Raises EquationError, InputTypeError or SpecError for anything else.
@@ -136,11 +147,11 @@ class NeuronModel(Immutable):
         given = expect_fields(data, kinds, "model")
         for name in given["positive"]:
             expect(name, str, "positive")
-        return cls(**given)
+        return cls(**given, about=about)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the constructor's arguments: str hashes differ between processes."""
-        return NeuronModel.from_dict, (self.to_dict(),)
+        return NeuronModel.from_dict, (self.to_dict(), self.about)
 
     def __eq__(self, other: object) -> bool:
         same = isinstance(other, NeuronModel) and self._identity == other._identity
