@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -120,7 +121,8 @@ class NeuronModel(Immutable):
             _hash=hash(identity),
         )
         if about:
-            self.__dict__["__doc__"] = f"{about}\n\n{equations}"  # what help(model) shows
+            shown = textwrap.dedent(equations).strip()
+            self.__dict__["__doc__"] = f"{about}\n\n{shown}"  # what help(model) shows
         self.__dict__["token"] = json.dumps({**self.to_dict(), "equations": plain(equations)})
 
     def to_dict(self) -> dict[str, Any]:
