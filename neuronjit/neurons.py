@@ -318,12 +318,12 @@ BRF = NeuronModel(
     " reset; dt omega must be below 1. Higuchi et al. 2024, arXiv:2402.14603.",
 )
 
-# --- snnTorch's: a detached reset in the next step; they fire above the threshold only ------------
+# --- snnTorch's: the reset comes in the next step, without a gradient; equality does not fire ------
 
 LEAKY = NeuronModel(
     "leaky",
     """
-    r = detach(where(v > v_threshold, 1, 0))
+    r = where(v > v_threshold, 1, 0)
     h = beta * v + x - r * v_threshold
     v = h
     """,
@@ -335,7 +335,7 @@ LEAKY = NeuronModel(
 LEAKY_ZERO = NeuronModel(
     "leaky_zero",
     """
-    r = detach(where(v > v_threshold, 1, 0))
+    r = where(v > v_threshold, 1, 0)
     h = beta * ((1 - r) * v) + x
     v = h
     """,
@@ -358,7 +358,7 @@ LEAKY_NO_RESET = NeuronModel(
 LEAKY_AT_ONCE = NeuronModel(
     "leaky_at_once",
     """
-    r = detach(where(v > v_threshold, 1, 0))
+    r = where(v > v_threshold, 1, 0)
     h = beta * v + x - r * v_threshold
     v = h - (s - r) * v_threshold
     """,
@@ -370,7 +370,7 @@ LEAKY_AT_ONCE = NeuronModel(
 LEAKY_ZERO_AT_ONCE = NeuronModel(
     "leaky_zero_at_once",
     """
-    r = detach(where(v > v_threshold, 1, 0))
+    r = where(v > v_threshold, 1, 0)
     h = beta * ((1 - r) * v) + x
     v = h - (s - r) * h
     """,
@@ -382,7 +382,7 @@ LEAKY_ZERO_AT_ONCE = NeuronModel(
 SYNAPTIC = NeuronModel(
     "synaptic",
     """
-    r = detach(where(v > v_threshold, 1, 0))
+    r = where(v > v_threshold, 1, 0)
     syn = alpha * syn + x
     h = beta * v + syn - r * v_threshold
     v = h
@@ -396,7 +396,7 @@ SYNAPTIC = NeuronModel(
 ALPHA = NeuronModel(
     "alpha",
     """
-    r = detach(where(v > v_threshold, 1, 0))
+    r = where(v > v_threshold, 1, 0)
     syn_exc = alpha * syn_exc + x
     syn_inh = beta * syn_inh - x
     h = (log(alpha) / (log(beta) - log(alpha)) + 1) * (syn_exc + syn_inh)
@@ -415,7 +415,7 @@ ALPHA = NeuronModel(
 LAPICQUE = NeuronModel(
     "lapicque",
     """
-    r = detach(where(v > v_threshold, 1, 0))
+    r = where(v > v_threshold, 1, 0)
     h = x * R * (1 / (R * C)) * dt + (1 - dt / (R * C)) * v - r * v_threshold
     v = h
     """,
