@@ -318,7 +318,7 @@ BRF = NeuronModel(
     " reset; dt omega must be below 1. Higuchi et al. 2024, arXiv:2402.14603.",
 )
 
-# --- snnTorch's: the reset comes in the next step, without a gradient; equality does not fire ------
+# --- snnTorch's: the reset comes in the next step, without a gradient; equality does not fire -----
 
 LEAKY = NeuronModel(
     "leaky",
