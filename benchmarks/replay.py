@@ -1,13 +1,14 @@
 """Compare the kernels of two trees: what a change did to their text and to their machine code.
 
-A is a git revision, B the working tree. Each renders the same 200 calls in a process of its own;
-both texts are then compiled here with B's flags, with NVRTC for two architectures and with the
-host's compiler, so that only the text can make a difference. No GPU is needed.
+A is a git revision, B the working tree. Each renders the same calls in a process of its own: 200 of
+the seed's models and two more, and backward of every other built-in model of the working tree. Both
+texts are then compiled here with B's flags, with NVRTC for two architectures and with the host's
+compiler, so that only the text can make a difference. No GPU is needed.
 
     python benchmarks/replay.py                    # against the merge base with main
     python benchmarks/replay.py --base v0.1.0
     python benchmarks/replay.py --strict           # exit 1 on new spills or code 2 % larger
-    python benchmarks/replay.py --quick            # 60 calls; compiles only what differs
+    python benchmarks/replay.py --quick            # 60 of the 200; compiles only what differs
 """
 
 from __future__ import annotations
@@ -43,14 +44,6 @@ LISTED = 40  # kernels that are printed, of those whose machine code differs
 # --- the calls ------------------------------------------------------------------------------------
 
 EQUATIONS: dict[str, dict[str, Any]] = {  # models that are not built in
-    "adex": dict(
-        equations="""
-        h = v + (x - (v - v_rest) + delta_T * exp((v - theta_rh) / delta_T) - w) / tau
-        w = w + (a * (h - v_rest) - w) / tau_w + b * s
-        """,
-        state=dict(v=0.0, w=0.0),
-        params=dict(tau=2.0, v_rest=0.0, delta_T=1.0, theta_rh=0.8, a=0.1, b=0.1, tau_w=2.0),
-    ),
     "current_alif": dict(  # three states, a threshold and a reset of its own
         equations="""
         i = i * alpha + x
@@ -64,7 +57,7 @@ EQUATIONS: dict[str, dict[str, Any]] = {  # models that are not built in
     ),
 }
 ONE, TWO, THREE = ("v",), ("v", "w"), ("v", "i", "a")
-MODELS = {  # by their states
+MODELS = {  # by their states: those that have calls of each shape
     ONE: ("if", "lif", "lif_no_decay", "plif", "plif_no_decay", "qif", "eif"),
     TWO: ("izhikevich", "adex"),
     THREE: ("current_alif",),
@@ -79,6 +72,7 @@ PARAMS: dict[str, tuple[str, ...]] = {  # in the models' order, as calls name th
     "qif": ("tau", "v_c", "a0", "v_rest", "v_reset", "v_threshold"),
     "eif": ("tau", "delta_T", "theta_rh", "v_rest", "v_reset", "v_threshold"),
     "izhikevich": ("tau", "v_c", "a0", "v_rest", "tau_w", "a", "b", *ENDS),
+    "adex": ("tau", "v_rest", "delta_T", "theta_rh", "a", "b", "tau_w", *ENDS),
     **{name: (*model["params"], *ENDS) for name, model in EQUATIONS.items()},
 }
 SURROGATES = (
@@ -94,10 +88,11 @@ SMOOTH = ("ATan", "Sigmoid", "SoftSign", "Erf")  # of those with a primitive
 NARROW = ((2**14, 4), (2**14, 8), (2**14, 16), (2**14, 64), (2**24 + 1, 64))
 PAIRS = (*NARROW, (2**24, 4), (2**24, 8), (2**18, 16), (2**18, 64), (2**24, 64))
 FOURS = (*PAIRS, (2**24 + 2, 4), (2**24 + 2, 8), (2**24 + 2, 64), (2**19, 64))
+DTYPES = ("float64", "float32", "float16", "bfloat16")
 SIZES = {  # by states: those that 8, 4 and 2 bytes an element tell apart
     ONE: {"float64": NARROW, "float32": PAIRS, "float16": FOURS, "bfloat16": FOURS},
     TWO: {"float64": NARROW, "float32": PAIRS, "float16": PAIRS, "bfloat16": PAIRS},
-    THREE: dict.fromkeys(("float64", "float32", "float16", "bfloat16"), NARROW),
+    THREE: dict.fromkeys(DTYPES, NARROW),
 }
 
 
@@ -129,8 +124,36 @@ class Case:
         return " ".join(words)
 
 
+@cache
+def described() -> dict[str, dict[str, Any]]:
+    """The models that a tree is given as equations, because A may not have them."""
+    sys.path.insert(0, str(ROOT))
+    import neuronjit as nj
+
+    built_in = {m.name: m for m in vars(nj.neurons).values() if isinstance(m, nj.NeuronModel)}
+    seed = {*MODELS[ONE], "izhikevich"}
+    fields = ("equations", "state", "params", "strict")
+    return EQUATIONS | {
+        name: {field: getattr(model, field) for field in fields}
+        for name, model in built_in.items()
+        if name not in seed
+    }
+
+
 def cases() -> list[Case]:
-    """The covering set, always the same: each model x direction x dtype, and each shape.
+    """All calls, always the same: the grid, and backward of every other built-in model once."""
+    draw = random.Random(8)
+    found = grid()
+    others = {name: given for name, given in described().items() if name not in PARAMS}
+    for i, (name, given) in enumerate(others.items()):
+        dtype, size = [*DTYPES][i % len(DTYPES)], NARROW[i % len(NARROW)]
+        case = Case(name, "backward", dtype, *size, SURROGATES[i % len(SURROGATES)])
+        found.append(_drawn(draw, case, tuple(given["state"]), tuple(given["params"])))
+    return found
+
+
+def grid() -> list[Case]:
+    """The covering set of MODELS: each model x direction x dtype, and each shape.
 
     The other choices are drawn with a fixed seed: grids would repeat the same pairs of them.
     """
@@ -143,16 +166,17 @@ def cases() -> list[Case]:
                     model, size = models[(i + offset) % len(models)], sizes[i % len(sizes)]
                     surrogate = SURROGATES[len(found) % len(SURROGATES)]
                     case = Case(model, direction, dtype, *size, surrogate)
-                    found.append(_drawn(draw, case, states))
+                    found.append(_drawn(draw, case, states, PARAMS[model]))
     return found
 
 
-def _drawn(draw: random.Random, case: Case, states: tuple[str, ...]) -> Case:
+def _drawn(
+    draw: random.Random, case: Case, states: tuple[str, ...], params: tuple[str, ...]
+) -> Case:
     def some(names: Iterable[str], share: float) -> tuple[str, ...]:
         return tuple(n for n in names if draw.random() < share)
 
     backward = case.direction == "backward"
-    params = PARAMS[case.model]
     smooth = draw.random() < 0.15
     recorded = some((*states, "h"), 0.5) if draw.random() < 0.5 else ()
     if (case.N, case.T) not in NARROW:  # two sequences would make a wide kernel a narrow one
@@ -191,11 +215,11 @@ WORDS = (  # how trees name what a case says to `neuronjit.render`; a new name i
 )
 
 
-def source(case: Case, target: str) -> str:
-    """The text that this process's neuronjit renders for a case."""
+def source(case: Case, target: str, models: dict[str, dict[str, Any]]) -> str:
+    """The text that this process's neuronjit renders for a case; `models` are sent as equations."""
     import neuronjit as nj
 
-    given = EQUATIONS.get(case.model)
+    given = models.get(case.model)
     model = nj.NeuronModel(case.model, **given) if given else case.model
     surrogate = getattr(nj.surrogates, case.surrogate)(spiking=case.spiking)
     chosen = asdict(case) | dict(target=target, surrogate=surrogate)
@@ -229,7 +253,7 @@ def toolchain() -> dict[str, Any]:
     return {"nvrtc": list(cuda.FLAGS), "host": host}
 
 
-def tell(wanted: list[dict[str, Any]]) -> dict[str, Any]:
+def tell(models: dict[str, dict[str, Any]], wanted: list[dict[str, Any]]) -> dict[str, Any]:
     """What a tree's own process answers: where it found the library, the texts, the toolchain."""
     import neuronjit
 
@@ -238,7 +262,7 @@ def tell(wanted: list[dict[str, Any]]) -> dict[str, Any]:
         case = Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
         for target in ("cuda", "cpu"):
             try:
-                text = {"text": source(case, target)}
+                text = {"text": source(case, target, models)}
             except Exception as reason:  # a tree that cannot render a case differs: it is reported
                 text = {"error": f"{reason}"[:500]}
             texts[f"{target} {case}"] = text
@@ -251,7 +275,7 @@ def ask(tree: Path, found: Sequence[Case]) -> dict[str, Any]:
     env |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     with tempfile.TemporaryDirectory(prefix="neuronjit-replay-") as folder:
         path = Path(folder, "answer.json")
-        wanted = json.dumps([asdict(case) for case in found])
+        wanted = json.dumps([described(), [asdict(case) for case in found]])
         command = [sys.executable, __file__, "--tell", str(path)]
         subprocess.run(command, input=wanted, text=True, check=True, env=env, cwd=folder)
         answer: dict[str, Any] = json.loads(path.read_text())
@@ -540,14 +564,14 @@ def main() -> int:
     parser.add_argument("--tell", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.tell:
-        args.tell.write_text(json.dumps(tell(json.load(sys.stdin))))
+        args.tell.write_text(json.dumps(tell(*json.load(sys.stdin))))
         return 0
     base = args.base or default_base()
     if base is None:
         parser.error("no commit to compare with: name one with --base")
     begin = time.perf_counter()
     args.kept.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = thinned(cases(), QUICK) if args.quick else cases()
+    found = thinned(grid(), QUICK) if args.quick else cases()
     with checked_out(base) as tree:
         pairs, notes = compare(tree, ROOT, found, args.kept, args.quick)
     name = git("describe", "--always", base) or base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -50,6 +51,8 @@ class NeuronModel(Immutable):
             exist.
         strict: fire on h > theta instead of h >= theta (as snnTorch and Norse do).
         positive: parameters that only make sense above zero; numbers are checked in every call.
+        about: what the neuron is and where it comes from, for readers: `help(model)` shows it. It
+            is no part of the model's identity; models that differ in nothing else are equal.
 
     Raises:
         EquationError: equations outside the language; names the line and the word.
@@ -66,6 +69,7 @@ class NeuronModel(Immutable):
     arguments: tuple[str, ...]  # states, inputs but x, parameters: the order of all their values
     keywords: tuple[str, ...]  # of them, what a call takes by keyword
     own_reset: bool  # the block assigns v
+    about: str
     recordable: tuple[str, ...]  # the states, h, and what else the block assigns
     token: str  # what a compiled graph holds of the model: a constant, readable in any process
 
@@ -83,8 +87,10 @@ class NeuronModel(Immutable):
         inputs: Iterable[str] = ("x",),
         strict: bool = False,
         positive: Iterable[str] = (),
+        about: str = "",
     ) -> None:
         check_label(name, "model name")
+        expect(about, str, "about")
         this = f"model '{name}'"
         state = {check_name(k, "state"): _default(k, v) for k, v in state.items()}
         params = {check_name(k, "parameter"): _default(k, v) for k, v in (params or {}).items()}
@@ -116,6 +122,7 @@ class NeuronModel(Immutable):
             state=ReadOnly(state, _OTHER_STATE),
             params=ReadOnly(params, _OTHER_NUMBERS),
             positive=positive,
+            about=about,
             statements=statements,
             inputs=inputs,
             arguments=tuple(names),
@@ -125,10 +132,16 @@ class NeuronModel(Immutable):
             _identity=identity,
             _hash=hash(identity),
         )
+        if about:
+            shown = textwrap.dedent(equations).strip()
+            self.__dict__["__doc__"] = f"{about}\n\n{shown}"  # what help(model) shows
         self.__dict__["token"] = json.dumps({**self.to_dict(), "equations": plain(equations)})
 
     def to_dict(self) -> dict[str, Any]:
-        """All that makes the model, as JSON can hold it: for graphs, manifests and pickles."""
+        """All that makes the model, as JSON can hold it: for graphs, manifests and pickles.
+
+        `about` is left out: it makes no other model, and older versions read what this one writes.
+        """
         return {
             "name": self.name,
             "equations": self.equations,
@@ -140,7 +153,7 @@ class NeuronModel(Immutable):
         }
 
     @classmethod
-    def from_dict(cls, data: Any) -> NeuronModel:
+    def from_dict(cls, data: Any, about: str = "") -> NeuronModel:
         """The model that `to_dict` described. The data may be a stranger's.
 
         Raises EquationError, InputTypeError or SpecError for anything else.
@@ -150,11 +163,11 @@ class NeuronModel(Immutable):
         for field in ("inputs", "positive"):
             for name in given[field]:
                 expect(name, str, field)
-        return cls(**given)
+        return cls(**given, about=about)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the constructor's arguments: str hashes differ between processes."""
-        return NeuronModel.from_dict, (self.to_dict(),)
+        return NeuronModel.from_dict, (self.to_dict(), self.about)
 
     def __eq__(self, other: object) -> bool:
         same = isinstance(other, NeuronModel) and self._identity == other._identity
