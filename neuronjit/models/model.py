@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..errors import (
     known,
 )
 from ..immutable import Immutable, ReadOnly
+from ..language.mathematics import aligned, latex_name, to_latex
 from ..language.parse import check_label, check_name, parse_block, plain
 from ..language.tree import Statement
 
@@ -150,7 +152,23 @@ class NeuronModel(Immutable):
         return self._hash
 
     def __repr__(self) -> str:
-        return f"NeuronModel('{self.name}', state={self.state}, params={self.params})"
+        fields = self.to_dict()
+        text = fields.pop("equations")
+        lines = f'"""{text}"""' if "\n" in text and not re.search(r'\\|"', text) else repr(text)
+        said = [repr(fields.pop("name")), lines, *(f"{k}={v!r}" for k, v in fields.items() if v)]
+        return f"NeuronModel({', '.join(said)})"
+
+    def _repr_markdown_(self) -> str:
+        """The equations of the block in mathematics; `neuronjit.explain` has all of a step."""
+        lines = (
+            (latex_name(s.target), r"\leftarrow", to_latex(s.expression)) for s in self.statements
+        )
+        numbers = {"starts from": self.state, "parameters": self.params}
+        listed = (
+            f"{what} `{', '.join(f'{k} = {v:g}' for k, v in of.items())}`"
+            for what, of in numbers.items()
+        )
+        return f"**{self.name}**\n\n$$\n{aligned(lines)}\n$$\n\n{'; '.join(listed)}"
 
 
 def _default(key: str, value: Any) -> float:
