@@ -16,7 +16,7 @@ from ..errors import (
 )
 from ..immutable import Immutable, ReadOnly
 from ..language.mathematics import aligned, latex_name, to_latex
-from ..language.parse import check_label, check_name, parse_block, plain
+from ..language.parse import check_label, check_name, parse_block, place_of, plain
 from ..language.tree import Statement
 
 _RESERVED = {
@@ -99,7 +99,7 @@ class NeuronModel(Immutable):
             raise EquationError(f"{this}: positive names {sorted(unknown)}. {known(params)}")
         readable = {"x", "s", "theta", *state, *params}
         statements = parse_block(equations, readable)
-        _check_block(name, params, statements)
+        _check_block(name, equations, params, statements)
         numbers = repr((state, params))  # as text: -0.0 is another default than 0.0
         identity = (name, equations, numbers, bool(strict), positive)
         self.__dict__.update(
@@ -182,32 +182,36 @@ def _recordable(state: Iterable[str], statements: Iterable[Statement]) -> tuple[
 
 
 def _check_block(
-    model: str, params: Mapping[str, float], statements: tuple[Statement, ...]
+    model: str, text: str, params: Mapping[str, float], statements: tuple[Statement, ...]
 ) -> None:
     """The rules about x, h, theta and s that parsing alone does not know. Raises EquationError."""
     assigned: set[str] = set()
     fired = False
     own_theta, own_s = (any(s.target == n for s in statements) for n in ("theta", "s"))
+
+    def refused(line: int, word: str, reason: str, *, read: bool = False) -> EquationError:
+        return EquationError(f"{place_of(text, line, word, read=read)}: {reason}")
+
     for statement in statements:
+        line = statement.line
         reads, target = statement.expression.names(), statement.target
-        where = f"line {statement.line}: "
         fired = fired or "s" in reads
         if own_s and "s" in reads and "s" not in assigned:
-            raise EquationError(f"{where}'s' is read before it is assigned")
+            raise refused(line, "s", "'s' is read before it is assigned", read=True)
         if "s" in (*reads, target) and "h" not in assigned:
             used = "read" if "s" in reads else "assigned"
             reason = f"'s' is {used} before 'h' is assigned, so the neuron cannot fire yet"
-            raise EquationError(where + reason)
+            raise refused(line, "s", reason, read="s" in reads)
         if "theta" in reads and own_theta and "theta" not in assigned:
-            raise EquationError(f"{where}'theta' is read before it is assigned")
+            raise refused(line, "theta", "'theta' is read before it is assigned", read=True)
         if target == "s" and "s" in assigned:
-            raise EquationError(f"{where}'s' is assigned twice; the neuron fires once a step")
+            raise refused(line, target, "'s' is assigned twice; the neuron fires once a step")
         if target == "x" or target in params:
             what = _RESERVED.get(target, "a parameter")
-            raise EquationError(f"{where}'{target}' is {what}; it cannot be assigned")
+            raise refused(line, target, f"'{target}' is {what}; it cannot be assigned")
         if target in ("h", "theta") and fired:
             when = "where 's' is assigned" if own_s else "the first statement that reads 's'"
-            raise EquationError(f"{where}'{target}' is assigned after the neuron fired ({when})")
+            raise refused(line, target, f"'{target}' is assigned after the neuron fired ({when})")
         fired = fired or target == "s"
         assigned.add(target)
     if "h" not in assigned:

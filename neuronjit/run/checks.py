@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from .. import neurons
 from ..errors import DifferentiationError, InputTypeError, SpecError, expect_number, known
 from ..kernels.spec import DTYPES, NAMES
+from ..language.parse import nearest
 from ..models.block import RESETS
 from ..models.model import NeuronModel
 from ..settings import warn
@@ -106,8 +108,12 @@ def check_names(
         raise SpecError(f"unknown reset {ascii(reset)[:80]}. {known(RESETS)}")
     for name in params:
         if name not in model.params:
+            meant = nearest(name, model.params) or "."
+            models = [m for m in vars(neurons).values() if isinstance(m, NeuronModel)]
+            if having := dict.fromkeys(m.name for m in models if name in m.params):
+                meant += f" Models that have it: {', '.join(having)}."
             raise SpecError(
-                f"unknown parameter '{name}' of model '{model.name}'. {known(model.params)}"
+                f"unknown parameter '{name}' of model '{model.name}'{meant} {known(model.params)}"
             )
     for name in state:
         if name not in model.state:
