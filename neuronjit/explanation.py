@@ -16,10 +16,11 @@ from .kernels.targets import TARGETS
 from .language.algebra import add, multiply, negate
 from .language.calculus import derivative, slopes
 from .language.mathematics import aligned, to_latex, to_text
-from .language.tree import Node, Statement, name
+from .language.tree import Node, Statement, name, number
 from .models.block import Program, program
 from .models.model import NeuronModel
-from .run.call import settle
+from .models.surrogate import Surrogate
+from .run.call import Call, Values, settle
 from .surrogates import ATan
 
 ARCH = "sm_90"  # where there is no GPU to ask
@@ -124,66 +125,64 @@ def explain(
     x = torch.empty(1, 1)  # the call is checked with it, and never made
     asked = (surrogate, reset, detach_reset, record, True, "eager", params)
     call, values = settle(model, x, None, *asked)
-    model, surrogate = call.model, call.surrogate
-    steps_of = program(model, call.reset, call.detach_reset)
-    shown = _shown(steps_of)
-    names = {made: name(seen) for made, seen in shown.items()}
-    step = [
-        Statement(shown[s.target], s.expression.substitute(names), s.line)
-        for s in steps_of.statements
-    ]
-    slopes_of = {s.target: _slopes(s) for s in step}
-    numbers = {n: float(value) for n, value in values.items()}
-
-    def given(names: Iterable[str]) -> tuple[str, ...]:
-        above = {n: " (> 0)" if n in model.positive else "" for n in names}
-        return tuple(f"{n} = {numbers[n]:g}{rule}" for n, rule in above.items())
-
-    resets = {"own": "its own reset"}.get(call.reset, f"{call.reset} reset")
-    detached = ", detached" if call.detach_reset else ""
-    about = getattr(model, "about", "")
-    title = f"{model.name}: {resets}{detached}, surrogate {surrogate}"
-    compared = ">" if model.strict else ">="
-    fires = f"fire(a, b) is 1 where a {compared} b, else 0"
-    if not surrogate.spiking:
-        fires = "fire(a, b) is smooth(a - b)"
-    derivatives = [
-        Equation(Node("partial", (name(target), name(read))), slope)
-        for target, found in slopes_of.items()
-        for read, slope in found
-    ]
-    sections = [
-        *([Section("about", notes=(about,))] if about else []),
-        Section("states before the first step", notes=given(model.state)),
-        Section("parameters", notes=given(model.params)),
-        Section(
-            "one step, in this order",
-            tuple(Equation(name(s.target), s.expression) for s in step),
-            (f"out.spikes is {shown[steps_of.spikes]}; {fires}",),
-        ),
-        Section("derivatives", tuple(derivatives)),
-        _of_surrogate(surrogate),
-        Section(
-            "backward, from the last equation to the first",
-            tuple(_backward(steps_of, shown, step, slopes_of, model.params, call.record)),
-            (
-                "grad(a) is the loss's derivative by a; grad(v[t+1]) comes from the next step",
-                "+= are the parameters', summed over steps and wherever one number serves many",
-            ),
-        ),
-    ]
     specs = {
         target: specs_of(
-            model, target, DIRECTIONS, surrogate, reset, call.detach_reset, dtype,
+            call.model, target, DIRECTIONS, call.surrogate, call.reset, call.detach_reset, dtype,
             steps=steps, neurons=neurons, record=call.record,
         )
         for target in TARGETS
     }  # fmt: skip
-    sections.append(_traffic(specs, dtype, steps))
+    sections = [*_equations(call, values), _traffic(specs, dtype, steps)]
     if compile:
         notes = [note for target in TARGETS for note in _compiled(specs[target], target, arch)]
         sections.append(Section(f"kernels, compiled for T = {steps}, N = {neurons}", (), (*notes,)))
-    return Explanation(title, sections)
+    how = "its own reset" if call.reset == "own" else f"{call.reset} reset"
+    detached = ", detached" if call.detach_reset else ""
+    return Explanation(f"{call.model.name}: {how}{detached}, surrogate {call.surrogate}", sections)
+
+
+def _equations(call: Call, values: Values) -> Iterator[Section]:
+    model, surrogate = call.model, call.surrogate
+    steps = program(model, call.reset, call.detach_reset)
+    shown = _shown(steps)
+    names = {made: name(seen) for made, seen in shown.items()}
+    step = [
+        Statement(shown[s.target], _fired(s.expression, surrogate).substitute(names), s.line)
+        for s in steps.statements
+    ]
+    slopes_of = {s.target: _slopes(s) for s in step}
+    if about := getattr(model, "about", ""):
+        yield Section("about", (), (about,))
+    for title, of in ("states before the first step", model.state), ("parameters", model.params):
+        rules = {n: " (> 0)" if n in model.positive else "" for n in of}
+        given = (f"{n} = {_number(values[n])}{rule}" for n, rule in rules.items())
+        yield Section(title, (), tuple(given))
+    compared = ">" if model.strict else ">="
+    fires = f"; fire(h, theta) is 1 where h {compared} theta, else 0" if surrogate.spiking else ""
+    yield Section(
+        "one step, in this order",
+        tuple(Equation(name(s.target), s.expression) for s in step),
+        (f"out.spikes is {shown[steps.spikes]}{fires}",),
+    )
+    derivatives = (
+        Equation(Node("partial", (name(target), name(read))), slope)
+        for target, found in slopes_of.items()
+        for read, slope in found
+    )
+    yield Section("derivatives", tuple(derivatives))
+    yield _of_surrogate(surrogate)
+    yield Section(
+        "backward, from the last equation to the first",
+        tuple(_backward(steps, shown, step, slopes_of, model.params, call.record)),
+        (
+            "grad(h) is the loss's derivative by h; grad(v[t+1]) is grad(v) of the next step",
+            "parameters' (+=) are summed over steps, and over neurons that share one number",
+        ),
+    )
+
+
+def _number(value: Any) -> str:
+    return to_text(number(float(value)))
 
 
 def _shown(steps: Program) -> dict[str, str]:
@@ -192,24 +191,35 @@ def _shown(steps: Program) -> dict[str, str]:
     return found | {made: name + "'" * often for made, (name, often) in steps.again.items()}
 
 
+def _fired(tree: Node, surrogate: Surrogate) -> Node:
+    """What comes out where spikes do: the smooth function of h - theta, if that is asked for."""
+    if tree.op != "fire" or surrogate.spiking:
+        return tree
+    return Node("smooth", (Node("-", tree.args),))
+
+
 def _slopes(statement: Statement) -> list[tuple[str, Node]]:
     """Each name that a statement reads with the derivative by it, where that is not 0."""
     tree = statement.expression
-    if tree.op != "fire":
+    if tree.op not in ("fire", "smooth"):
         return slopes(tree)
-    h, theta = tree.args
-    slope = Node("slope", (Node("-", tree.args),))
+    distance = Node("-", tree.args) if tree.op == "fire" else tree.args[0]
+    h, theta = distance.args
+    slope = Node("slope", (distance,))
     return [(str(h.value), slope), (str(theta.value), negate(slope))]
 
 
-def _of_surrogate(surrogate: Any) -> Section:
+def _of_surrogate(surrogate: Surrogate) -> Section:
     smooth = surrogate.primitive_tree
-    slope = surrogate.derivative_tree if surrogate.spiking else derivative(smooth, "u")
+    slope = surrogate.derivative_tree
+    if smooth and not surrogate.spiking:
+        slope = derivative(smooth, "u")
     equations = [Equation(Node("slope", (name("u"),)), slope)]
     if smooth:
         equations.append(Equation(Node("smooth", (name("u"),)), smooth))
-    numbers = tuple(f"{n} = {value:g}" for n, value in surrogate.params.items())
-    notes = ("smooth(u) comes out instead of spikes where spiking=False",) if smooth else ()
+    numbers = tuple(f"{n} = {_number(value)}" for n, value in surrogate.params.items())
+    unused = smooth and surrogate.spiking
+    notes = ("smooth(u) comes out instead of spikes where spiking=False",) if unused else ()
     return Section(f"surrogate {surrogate.name}", tuple(equations), numbers + notes)
 
 

@@ -282,9 +282,30 @@ def test_the_text_of_lif() -> None:
         "grad(v) = grad(h) * (1 - 1 / tau)",
     ):  # fmt: skip
         assert f"\n    {line}\n" in text
-    assert "a >= b" in text and "a > b" in str(nj.explain(own("delayed")))
+    assert "h >= theta, else 0" in text and "h > theta, else 0" in str(nj.explain(own("delayed")))
     assert "detach(s)" not in text and "detach(s)" in str(nj.explain("lif", detach_reset=True))
     assert "grad(out.record.h)" in str(nj.explain("lif", record="h"))
+
+
+def test_a_smooth_output_is_shown_as_one() -> None:
+    explained = nj.explain("lif", surrogate=nj.surrogates.ATan(3.0, spiking=False))
+    text, latex = str(explained), explained.latex()
+    assert "\n    s = smooth(h - theta)\n" in text and "\n    ds/dh = slope(h - theta)\n" in text
+    assert "fire" not in text and "alpha = 3\n" in text
+    assert r"s &= \operatorname{smooth}\left(h - \theta\right) \\" in latex
+    assert r"\Theta" not in latex
+
+
+def test_what_the_readme_shows_is_printed() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    made, shown = re.search(
+        r"```python\n([^`]*?nj\.explain\([^`]*)```[^`]*```text\n(.*?)```", readme, re.S
+    ).groups()
+    names: dict[str, Any] = {}
+    exec(made, names)  # noqa: S102 (test_readme.py runs it too)
+    printed = str(nj.explain(names["alif"])).split("\n")
+    lines = [line for line in shown.split("\n") if line not in ("", "...")]
+    assert len(lines) > 8 and set(lines) <= set(printed)
 
 
 def test_what_a_call_refuses_explain_refuses() -> None:
