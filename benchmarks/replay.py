@@ -130,7 +130,7 @@ def described() -> dict[str, dict[str, Any]]:
     sys.path.insert(0, str(ROOT))
     import neuronjit as nj
 
-    built_in = {m.name: m for m in vars(nj.neurons).values() if isinstance(m, nj.NeuronModel)}
+    built_in = nj.neurons.built_in()
     seed = {*MODELS[ONE], "izhikevich"}
     fields = ("equations", "state", "params", "strict")
     return EQUATIONS | {
@@ -287,25 +287,13 @@ def ask(tree: Path, found: Sequence[Case]) -> dict[str, Any]:
 # --- machine code ---------------------------------------------------------------------------------
 
 
-def sections(binary: bytes) -> Iterator[tuple[str, bytes]]:
-    """Name and contents of each section of a 64-bit little-endian ELF file: .so and cubin are."""
-    (start,) = struct.unpack_from("<Q", binary, 0x28)
-    size, count, names = struct.unpack_from("<HHH", binary, 0x3A)
-    # name, type, flags, address, offset, size
-    headers = [struct.unpack_from("<IIQQQQ", binary, start + i * size) for i in range(count)]
-    for name, kind, _, _, offset, length in headers:
-        at = headers[names][4] + name
-        yield (
-            binary[at : binary.index(b"\0", at)].decode(),
-            b"" if kind == 8 else binary[offset : offset + length],  # 8: no bits in the file
-        )
-
-
 def machine_code(binary: bytes) -> tuple[int, str]:
     """Bytes of instructions; and a digest of them, their constants and the functions they import.
 
     Names of kernels are not in it: a kernel that is only renamed has the same machine code.
     """
+    from neuronjit.kernels.targets.binary import sections  # here: tree A need not have it
+
     size, digest = 0, hashlib.sha256()
     found = list(sections(binary))
     for name, data in found:
@@ -352,9 +340,11 @@ class Compilers:
     def _nvrtc(self, text: str, arch: str) -> dict[str, Any]:
         from cupy.cuda import nvrtc
 
+        from neuronjit.kernels.targets import cuda
+
         program = nvrtc.createProgram(text, "kernel.cu", (), ())
         try:
-            options = [f"--gpu-architecture={arch}", *self.nvrtc, "--ptxas-options=-v"]
+            options = [f"--gpu-architecture={arch}", *self.nvrtc, cuda.VERBOSE]
             nvrtc.compileProgram(program, options)
             said, cubin = nvrtc.getProgramLog(program), bytes(nvrtc.getCUBIN(program))
         except nvrtc.NVRTCError:
@@ -362,14 +352,7 @@ class Compilers:
         finally:
             nvrtc.destroyProgram(program)
         size, digest = machine_code(cubin)
-        registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
-        local = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", said)
-        return {
-            "code": digest,
-            "size": size,
-            "registers": max(registers),
-            "spilled": max(int(n) for found in local for n in found),
-        }
+        return {"code": digest, "size": size, **cuda.usage(said)}
 
     def _host(self, text: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="neuronjit-replay-") as folder:

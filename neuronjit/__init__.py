@@ -14,6 +14,7 @@ from .errors import (
     NeuronJitError,
     SpecError,
 )
+from .explanation import Explanation, explain
 from .export import render, save_cuda_codes
 from .kernels.build import stats
 from .models.model import NeuronModel
@@ -26,6 +27,7 @@ from .neuron_kernel import (
     multistep_plif_ptt,
     multistep_qif_ptt,
 )
+from .plotting import plot
 from .run.autograd import Output, multistep
 
 __version__ = "0.1.0"
@@ -36,6 +38,7 @@ __all__ = [
     "CompileError",
     "DifferentiationError",
     "EquationError",
+    "Explanation",
     "InputTypeError",
     "MissingKernelError",
     "NeuronJitError",
@@ -43,6 +46,7 @@ __all__ = [
     "Output",
     "SpecError",
     "Surrogate",
+    "explain",
     "multistep",
     "multistep_eif_ptt",
     "multistep_if_ptt",
@@ -53,6 +57,7 @@ __all__ = [
     "neuron_kernel",
     "neurons",
     "nn",
+    "plot",
     "render",
     "save_cuda_codes",
     "stats",

@@ -35,6 +35,7 @@ def render(
     record: Iterable[str] = (),
     learned: Iterable[str] = (),
     per_neuron: Iterable[str] = (),
+    by_channel: bool = False,
     per_step: Iterable[str] = (),
     arriving: Iterable[str] | None = None,
 ) -> str:
@@ -52,25 +53,55 @@ def render(
             of `record`.
         learned: parameters whose gradient is wanted.
         per_neuron: parameters that are tensors over neurons.
+        by_channel: they are tensors over channels, as a GPU walks those.
         per_step: inputs, besides x, that all neurons share.
 
     Raises:
         SpecError: an unknown name, and which are known.
     """
+    directions = DIRECTIONS if direction is None else (direction,)
+    return render_specs(
+        specs_of(
+            model, target, directions, surrogate, reset, detach_reset, dtype,
+            steps=steps, neurons=neurons, record=record, learned=learned, per_neuron=per_neuron,
+            by_channel=by_channel, per_step=per_step, arriving=arriving,
+        )
+    )  # fmt: skip
+
+
+def specs_of(
+    model: NeuronModel | str,
+    target: str,
+    directions: Iterable[str],
+    surrogate: Any,
+    reset: str,
+    detach_reset: bool,
+    dtype: str,
+    *,
+    steps: int,
+    neurons: int,
+    record: Iterable[str] = (),
+    learned: Iterable[str] = (),
+    per_neuron: Iterable[str] = (),
+    by_channel: bool = False,
+    per_step: Iterable[str] = (),
+    arriving: Iterable[str] | None = None,
+) -> list[KernelSpec]:
+    """The kernels of `render`, one a direction, before they are rendered."""
     record, learned = as_names(record), as_names(learned, "learned")
     per_neuron, per_step = as_names(per_neuron, "per_neuron"), as_names(per_step, "per_step")
     arriving = ("s", *record) if arriving is None else as_names(arriving, "arriving")
     specs = []
-    for each in DIRECTIONS if direction is None else (direction,):
+    for each in directions:
         spec = KernelSpec.of(
             model, target, each, surrogate, reset, detach_reset, dtype,
-            per_neuron=per_neuron, per_step=per_step, learned=learned, record=record,
-            arriving=arriving,
+            per_neuron=per_neuron, by_channel=by_channel, per_step=per_step, learned=learned,
+            record=record, arriving=arriving,
         )  # fmt: skip
         counts = DTYPES[spec.dtype].tensor.itemsize, spec.model, len(spec.sequences)
         shape = targets.by_name(target).shape(each, *counts, neurons, steps, True)
         specs.append(replace(spec, **shape._asdict()))
-    return render_specs(specs)
+    return specs
 
 
 SEED_NEURONS = ("if", "lif", "plif", "qif", "izhikevich", "eif")

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+import torch
 
 import neuronjit as nj
 
@@ -36,6 +37,16 @@ MISTAKES = {
     "h = v\nh *= x - v": (2, "h *= x - v", r"write h = h \* \(x - v\)"),
     "h = v + x / τ": (1, "τ", "write tau"),
     "h = v + Δ * x": (1, "Δ", "write delta"),
+    "h = v\n  + θ": (2, "θ", "line 2, column 5.*write theta"),
+    "h = np.clip(v, 0, x)": (1, "np.clip(v, 0, x)", "did you mean 'clamp'"),
+    "h = min(v, x)": (1, "min(v, x)", "did you mean 'minimum'"),
+    "h = pow(v, 2)": (1, "pow(v, 2)", r"did you mean '\*\*'"),
+    "h = v + torch.sgm(x)": (1, "torch.sgm(x)", "did you mean 'sigmoid'|did you mean 'sign'"),
+    "h = math.pi * v": (1, "math.pi", "write pi"),
+    "h = v + x if v > 0 else x": (1, "v + x if v > 0 else x", r"write where\("),
+    "h = where((v > 0) & (x > 0), v, x)": (1, "(v > 0) & (x > 0)", "takes a comparison|and"),
+    "h = v + (v | x)": (1, "v | x", "write or"),
+    "dv/dt = (x - v) / tau": (1, "dv/dt", "written out, such as h = v"),
     "h = v + exp(x, x)": (1, "exp(x, x)", "1"),
     "h = v + maximum(x)": (1, "maximum(x)", "2"),
     "h = v + where(x > 0, 1)": (1, "where(x > 0, 1)", "3"),
@@ -48,11 +59,11 @@ MISTAKES = {
     "h = v + maximum(x > 0, 1)": (1, "x > 0", "where"),
     "h = v + exp(a=x)": (1, "exp(a=x)", ""),
     "h = v + x % 2": (1, "x % 2", ""),
-    "h = v + x // 2": (1, "x // 2", ""),
-    "h = v + (x & 1)": (1, "x & 1", ""),
+    "h = v + x // 2": (1, "x // 2", r"write floor\(a / b\)"),
+    "h = v + (x & 1)": (1, "x & 1", "write and"),
     "h = v + x @ x": (1, "x @ x", ""),
-    "h = v + ~x": (1, "~x", ""),
-    "h = v + (x if x > 0 else 0)": (1, "x if x > 0 else 0", ""),
+    "h = v + ~x": (1, "~x", "write not"),
+    "h = v + (x if x > 0 else 0)": (1, "x if x > 0 else 0", r"write where\("),
     "h = v + 1j": (1, "1j", ""),
     "h = v + True": (1, "True", ""),
     "h = v + None": (1, "None", ""),
@@ -82,9 +93,11 @@ MISTAKES = {
     "h = v + x\n  y = h": (2, "y = h", "indent"),
     "tau = 3\nh = v + x": (1, "tau", "parameter"),
     "x = 3\nh = v + x": (1, "x", "input"),
-    "h = v + x\ns = s + 1": (2, "s", "assigned"),
-    "y = v + s\nh = v + x": (1, "s", "h"),
-    "h = v + x\ny = s\nh = 2 * h": (3, "h", "fire"),
+    "h = v + x\ns = s + 1": (2, "s", "column 5: .*assigned"),
+    "y = v + s\nh = v + x": (1, "s", "column 9: .*h"),
+    "  h = v + x\n  y = (v +\n       s)\n  h = 2 * h": (4, "h", "line 4, column 3: .*fire"),
+    "s = v + (x\n    + s)\nh = v": (2, "s", "line 2, column 7: 's' is read before"),
+    "h = v + x\ny = s\nh = 2 * h": (3, "h", "column 1: .*fire"),
     "h = v + x\ny = s\ntheta = 2": (3, "theta", "fire"),
     "y = theta\nh = v + x\ntheta = y": (1, "theta", "assigned"),
     "h = v + x\nexp = h": (2, "exp", "function"),
@@ -104,10 +117,40 @@ def test_mistakes_name_the_line_and_the_word(text: str) -> None:
         model(text)
     message = str(caught.value)
     assert re.search(also, message)
-    assert f"line {line}" in message
+    assert re.search(rf"line {line}, column [1-9]", message)
     shown = message.replace("\\'", "'").replace("\\\\", "\\")
     assert word in shown
     assert len(message) < 600 and "\n" not in message
+
+
+COLUMNS = {
+    "h = v +": 8, "h = v + (x": 9, "h = v + x / τ": 13, "tau = 3": 1, "h = 9**999 + x": 5,
+    "h = v + x  #define x": 12, "h = x + " + "exp(" * 150 + "x" + ")" * 150: 409,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("indent", [0, 3])
+@pytest.mark.parametrize("text", COLUMNS, ids=lambda text: ascii(text)[:40])
+def test_columns_are_those_of_the_text_as_it_was_given(text: str, indent: int) -> None:
+    with pytest.raises(nj.EquationError, match=rf"line 2, column {COLUMNS[text] + indent}\b"):
+        model(f"{' ' * indent}y = v\n{' ' * indent}{text}")
+
+
+def test_names_of_others_in_a_call() -> None:
+    """A parameter that the model does not have: the nearest, snnTorch's, or the models with it."""
+    x = torch.zeros(2, 3)
+    for name, words in (
+        ("taw", "did you mean 'tau'"),
+        ("τ", "'τ' of model 'lif'; did you mean 'tau'"),
+        ("beta", "snnTorch's beta, .* is 1 - 1 / tau"),
+        ("reciprocal_tau", r"Models that have it: .*\bplif\b.* Known: tau"),
+    ):
+        with pytest.raises(nj.SpecError, match=words):
+            nj.multistep("lif", x, **{name: 0.5})
+    with pytest.raises(nj.EquationError, match=r"beta.*make one of them a parameter"):
+        model("h = beta * v + x", params={})
+    with pytest.raises(nj.EquationError, match=r"parameter 'τ' \(write tau\) is not a name"):
+        model("h = v + x", params={"τ": 2.0})
 
 
 def test_a_missing_h_is_named() -> None:

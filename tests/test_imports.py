@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "neuronjit"
 # stands for all of its files; within it, and on a line, imports only must not go in a circle.
 FLOORS = """
 neuronjit cli
-integrations nn neuron_kernel export
+integrations nn neuron_kernel export explanation plotting
 run
 kernels
 cache neurons surrogates models

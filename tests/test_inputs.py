@@ -316,3 +316,10 @@ def test_mistakes_in_a_model(mistake: str) -> None:
     given, message = WRONG[mistake]
     with pytest.raises(nj.EquationError, match=message):
         nj.NeuronModel("wrong", **{"equations": "h = v + x", "state": {"v": 0.0}, **given})
+
+
+def test_explained() -> None:
+    text = str(nj.explain(MODEL))
+    assert "grad(branch) = " in text and "grad(lift) = " in text
+    assert "inputs=['x', 'branch', 'lift']" in repr(MODEL)
+    assert "inputs" not in repr(nj.neurons.LIF)

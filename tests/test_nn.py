@@ -83,7 +83,7 @@ def test_the_table_of_spikingjellys_defaults_is_true(node):
 def test_spikingjellys_names_have_its_arguments_order_and_defaults(node):
     assert exactly(signature(node)) == exactly(SPIKINGJELLY[node].items())
     made = node()
-    assert (made.step_mode, repr(made.surrogate_function)) == (
+    assert (made.step_mode, str(made.surrogate_function)) == (
         "s",
         "Sigmoid(alpha=4, spiking=True)",
     )
@@ -632,7 +632,7 @@ def test_a_neuron_of_ones_own():
 def test_surrogates_can_be_exchanged():
     made = nn.LIF(surrogate_function="atan")
     made.surrogate_function = nj.surrogates.Sigmoid(alpha=2.0)
-    assert repr(made.surrogate_function) == "Sigmoid(alpha=2, spiking=True)"
+    assert str(made.surrogate_function) == "Sigmoid(alpha=2, spiking=True)"
     assert not dict(made.named_modules(remove_duplicate=False)).keys() - {""}
 
 

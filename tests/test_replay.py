@@ -37,7 +37,7 @@ def test_every_built_in_model_is_called() -> None:
     found = replay.cases()
     assert found == replay.cases() and found[: len(replay.grid())] == replay.grid()
     assert len(set(map(str, found))) == len(found), "each is named apart"
-    built_in = {m.name for m in vars(nj.neurons).values() if isinstance(m, nj.NeuronModel)}
+    built_in = set(nj.neurons.built_in())
     assert built_in <= {c.model for c in found if c.direction == "backward"}
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 import neuronjit as nj
 
 PAGE = Path(__file__).parent.parent / "docs" / "neurons.md"
-BUILT_IN = {m.name: m for m in vars(nj.neurons).values() if isinstance(m, nj.NeuronModel)}
+BUILT_IN = nj.neurons.built_in()
 SEED = ("if", "lif", "lif_no_decay", "plif", "plif_no_decay", "qif", "eif", "izhikevich")
 T, N = 9, 40
 # how near to a step of the output a value may come: beyond, rounding decides

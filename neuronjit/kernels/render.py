@@ -12,7 +12,7 @@ from functools import cache, reduce
 from typing import Any, NamedTuple
 
 from ..language.algebra import add, multiply, negate
-from ..language.calculus import derivative, split_choices
+from ..language.calculus import slopes, split_choices
 from ..language.cpp import exact_divisions, fast_divisions, functions, kept_of, to_cpp
 from ..language.functions import LIBRARY
 from ..language.parse import plain
@@ -273,13 +273,11 @@ def _adjoint(spec: KernelSpec) -> dict[str, Any]:
             arrive(str(h.value), name(fired), by)
             arrive(str(theta.value), negate(name(fired)), by)
             continue
-        for read in sorted(statement.expression.names()):
-            slope = derivative(statement.expression, read)
+        for read, slope in slopes(statement.expression):
             part = multiply(total, slope)
             if gate:
                 part = Node("where", (Node("==", (name(gate), number(0))), number(0), part))
-            if slope != number(0):
-                arrive(read, guarded(part, slope, by), by)
+            arrive(read, guarded(part, slope, by), by)
     results = {z: f"d_.z[{i}][l_] = " for i, z in enumerate(spec.model.state)}
     results |= {n: f"out_[{i}][l_] = " for i, n in enumerate(spec.inputs)}
     for i, p in enumerate((*spec.each_learned, *spec.summed)):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -64,6 +64,14 @@ class Group:
     def count(self) -> int:
         """How many elements it has."""
         return 1 if self.of is None else len(self.of)
+
+
+class Traffic(NamedTuple):
+    """Bytes of memory that a kernel reads and writes for each neuron."""
+
+    step: int  # at every time step: sequences
+    checkpoint: int  # every K steps, where T is greater than K: states
+    call: int  # once: states before the first and after the last step, parameters of neurons
 
 
 @dataclass(frozen=True)
@@ -273,6 +281,17 @@ class KernelSpec:
             Group("int", "T", None, "i"),
         ]
         return tuple(g for g in (*pointers, *counts, *numbers) if g.of != ())
+
+    @property
+    def traffic(self) -> Traffic:
+        """What its arguments make it move, where all of them are given as tensors."""
+        dtype = DTYPES[self.dtype]
+        real, owned = dtype.arithmetic.itemsize, {*self.model.state, *self.each}
+        arrays = [g for g in self.arguments if g.ctype.endswith("*") and g.of]
+        sequences = sum(g.count for g in arrays if "storage" in g.ctype)
+        numbers = sum(g.count for g in arrays if "real" in g.ctype and owned.issuperset(g.of or ()))
+        checkpoint = real * len(self.model.state)
+        return Traffic(sequences * dtype.tensor.itemsize, checkpoint, numbers * real)
 
     @cached_property
     def symbol(self) -> str:

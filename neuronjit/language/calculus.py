@@ -99,3 +99,9 @@ def derivative(node: Node, variable: str) -> Node:
         for slope, part in zip(slopes, parts, strict=True)
         if not is_number(part, 0)
     )
+
+
+def slopes(node: Node) -> list[tuple[str, Node]]:
+    """Each name that the expression reads with the derivative by it, where that is not 0."""
+    found = [(read, derivative(node, read)) for read in sorted(node.names())]
+    return [(read, slope) for read, slope in found if not is_number(slope, 0)]

@@ -37,7 +37,21 @@ _ARITHMETIC: dict[str, Callable[..., float]] = {
 }  # fmt: skip
 _BINARY = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**"}
 _COMPARE = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!="}
+# what is said of what other languages have
+_INSTEAD: dict[type[ast.AST], str] = {
+    ast.BitXor: "^ is no power; write **",
+    ast.FloorDiv: "// is not known; write floor(a / b)",
+    ast.BitAnd: "& is not known; in where() write and",
+    ast.BitOr: "| is not known; in where() write or",
+    ast.Invert: "~ is not known; in where() write not",
+    ast.IfExp: "write where(condition, a, b) instead of a if condition else b",
+}
+_ELSEWHERE = {
+    "min": "minimum", "max": "maximum", "clip": "clamp", "pow": "**", "ln": "log",
+    "arctan": "atan", "fabs": "abs", "sgn": "sign", "heaviside": "fire",
+}  # fmt: skip
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}", re.ASCII)
+_NEWLINE = "\n"  # which no f-string of Python 3.10 may hold
 _NOT_TEXT = re.compile(r"[^\n\t\x20-\x7f]")
 _CPP_WORDS = {
     "alignas", "alignof", "and", "and_eq", "asm", "auto", "bitand", "bitor", "bool", "break",
@@ -66,7 +80,7 @@ def check_label(label: object, what: str) -> str:
     """Return `label` if it can be part of a C++ symbol, else raise EquationError."""
     if not isinstance(label, str) or not _NAME.fullmatch(label):
         raise EquationError(
-            f"{what} {_quote(label)} is not a name: "
+            f"{what} {_named(label)} is not a name: "
             "a letter, then up to 63 letters, digits and _ (ASCII)"
         )
     return label
@@ -126,7 +140,9 @@ def parse_block(text: str, readable: Iterable[str]) -> tuple[Statement, ...]:
 
 def parse_expression(text: str, readable: Iterable[str]) -> Node:
     """Parse one expression that may read the names in `readable`. Raises EquationError."""
-    text = _checked_text(text).strip()
+    given = _checked_text(text)
+    text = _Text(given.strip())
+    text.indent = len(given) - len(given.lstrip(" "))
     if not text:
         raise EquationError("line 1: an empty expression; write one, such as 'where(u < 0, 0, 1)'")
     return _convert(text, _parse(text, "eval").body, set(readable))
@@ -142,15 +158,43 @@ def _written_out(statement: ast.stmt) -> str:
     return ""
 
 
-def _nearest(identifier: str, names: Iterable[str]) -> str:
+def nearest(identifier: str, names: Iterable[str]) -> str:
     """The name that was probably meant, as part of an error."""
     names = sorted(names)
-    if identifier == "beta" and "tau" in names:
-        return "; snnTorch's beta, the share of v that is kept, is 1 - 1 / tau."
-    same = [name for name in names if name.lower() == identifier.lower()]
-    if near := same or difflib.get_close_matches(identifier, names, 1):
+    if identifier == "beta":
+        is_there = "tau" in names
+        kept = "snnTorch's beta, the share of v that is kept, is 1 - 1 / tau"
+        return f"; {kept}." if is_there else f"; {kept}: make one of them a parameter."
+    if identifier in _ELSEWHERE and _ELSEWHERE[identifier] in (*names, "**"):
+        return f"; did you mean '{_ELSEWHERE[identifier]}'?"
+    spelled = "".join(_greek(letter) or letter for letter in identifier[:64])
+    same = [name for name in names if name.lower() == spelled.lower()]
+    if near := same or difflib.get_close_matches(spelled, names, 1):
         return f"; did you mean '{near[0]}'?"
     return ""
+
+
+def _greek(letter: str) -> str:
+    """What a Greek letter is called, in lower case; "" for all others, also if they look alike."""
+    if letter.isascii() or not letter.isalpha():
+        return ""
+    import unicodedata
+
+    named = unicodedata.name(letter, "").split()
+    return named[-1].lower() if named[:1] == ["GREEK"] else ""
+
+
+def place_of(text: str, line: int, word: str, *, read: bool) -> str:
+    """Where the statement of this line reads a word, or assigns it: "line 2, column 5"."""
+    rest = "\n".join(text.splitlines()[line - 1 :])
+    found = re.compile(rf"\b{word}\b").search(rest, rest.index("=") if read else 0)
+    return _at(rest, found.start() if found else 0, line)
+
+
+def _named(label: object) -> str:
+    """A label made safe for a message; one Greek letter as it is, with what to write."""
+    named = _greek(label) if isinstance(label, str) and len(label) == 1 else ""
+    return f"'{label}' (write {named})" if named else _quote(label)
 
 
 def _quote(value: object) -> str:
@@ -174,28 +218,35 @@ def _checked_text(text: object) -> str:
         size = f"equations of {len(text)} characters"
         raise EquationError(f"{size}; at most {MAX_CHARACTERS} are allowed")
     if odd := _NOT_TEXT.search(text):
-        line = text.count("\n", 0, odd.start()) + 1
-        import unicodedata
-
-        named = unicodedata.name(odd[0], "").split()
-        greek = named[:1] == ["GREEK"] and odd[0].isalpha()  # others may look like ASCII
-        shown, write = _quote(odd[0]), ""
-        if greek:
-            shown, write = f"'{odd[0]}'", f"; write {named[-1].lower()}"
-        raise EquationError(f"line {line}: {shown}: equations are plain ASCII text{write}")
+        named = _greek(odd[0])
+        shown, write = (f"'{odd[0]}'", f"; write {named}") if named else (_quote(odd[0]), "")
+        reason = f"{shown}: equations are plain ASCII text{write}"
+        raise EquationError(f"{_at(text, odd.start())}: {reason}")
     if odd := _DIRECTIVE.search(text):
-        line = text.count("\n", 0, odd.start()) + 1
-        raise EquationError(f"line {line}: {_quote(odd[0])}: not a comment of equations")
+        reason = f"{_quote(odd[0])}: not a comment of equations"
+        raise EquationError(f"{_at(text, odd.start())}: {reason}")
     return text
+
+
+def _at(text: str, index: int, line: int = 1) -> str:
+    """Line and column of a character; `line` is that of the first."""
+    before = text[:index]
+    return f"line {line + before.count(_NEWLINE)}, column {index - before.rfind(_NEWLINE)}"
 
 
 def _parse(text: str, mode: str) -> Any:
     try:
         return ast.parse(text, mode=mode)
     except SyntaxError as error:
-        word = _quote((error.text or "").strip())
-        where = f"line {error.lineno}: {word}: " if error.lineno else ""
-        raise EquationError(f"{where}{error.msg}") from None
+        word, reason = _quote((error.text or "").strip()), error.msg
+        if re.match(r"\s*d\w+\s*/\s*dt\b", error.text or ""):
+            reason = (
+                "a step is written out, such as h = v + (x - v) / tau for dv/dt = (x - v) / tau"
+            )
+        where = f"line {error.lineno}" if error.lineno else ""
+        if error.lineno and error.offset:
+            where += f", column {error.offset + getattr(text, 'indent', 0)}"
+        raise EquationError(f"{where}: {word}: {reason}".removeprefix(": ")) from None
     except (ValueError, RecursionError, MemoryError) as error:
         reason = f"equations are too deep or malformed ({type(error).__name__})"
         raise EquationError(reason) from None
@@ -216,7 +267,7 @@ def _convert(
 
     def too_large(node: ast.expr) -> EquationError:
         most = f"{MAX_NODES} terms or {MAX_DEPTH} levels"
-        return EquationError(f"line {node.lineno}: expression is too large (over {most})")
+        return refused(node, f"expression is too large (over {most})")
 
     def chained(node: ast.BinOp, depth: int) -> Node:
         """a + b + c is ((a + b) + c): a loop over the operators, however many there are."""
@@ -247,7 +298,7 @@ def _convert(
                     return number(CONSTANTS[identifier])
                 if identifier not in readable:
                     names = readable | set(CONSTANTS)
-                    meant = _nearest(identifier, names)
+                    meant = nearest(identifier, names)
                     raise refused(node, f"unknown name{meant or '.'} {known(names)}")
                 return name(identifier)
             case ast.BoolOp(op=op, values=parts) if condition:
@@ -284,13 +335,19 @@ def _convert(
                     return written(*named)
                 return Node(f, tuple(trees))
             case ast.Call(func=ast.Name(id=f)):
-                meant = "" if f in FUNCTIONS else _nearest(f, FUNCTIONS)
+                meant = "" if f in FUNCTIONS else nearest(f, FUNCTIONS)
                 reason = f"unknown function, or keywords in its call{meant or '.'}"
                 raise refused(node, f"{reason} {known(FUNCTIONS)}")
             case ast.Call(func=ast.Attribute(attr=f)) if f in FUNCTIONS:
                 raise refused(node, f"functions have no module here; write {f}(...)")
-            case ast.BinOp(op=ast.BitXor()):
-                raise refused(node, "^ is no power; write **")
+            case ast.Call(func=ast.Attribute(attr=f)) if meant := nearest(f, FUNCTIONS):
+                raise refused(node, f"functions have no module here{meant}")
+            case ast.Attribute(attr=constant) if constant in CONSTANTS:
+                raise refused(node, f"constants have no module here; write {constant}")
+            case ast.BinOp(op=op) | ast.UnaryOp(op=op) if type(op) in _INSTEAD:
+                raise refused(node, _INSTEAD[type(op)])
+            case ast.IfExp():
+                raise refused(node, _INSTEAD[ast.IfExp])
         listed = "+ - * / **, where() and the listed functions"
         raise refused(node, f"only numbers, names, {listed} are allowed")
 

@@ -19,6 +19,7 @@ class Program:
     final: Mapping[str, str]  # state -> the name that holds it after the step
     held: Mapping[str, str]  # what the block assigns, and each state -> the name that holds it last
     spikes: str  # the name of what comes out
+    again: Mapping[str, tuple[str, int]]  # a name made here -> what is assigned again, how often
 
 
 # what v is after a spike, as the block would say it; a block that assigns v says it itself: "own"
@@ -35,10 +36,10 @@ _CUT = {"s": Node("detach", (name("s"),))}
 def program(model: NeuronModel, reset: str, detach_reset: bool) -> Program:
     """The model's block with its spike and reset (a key of RESETS, or "own"), in program form."""
     block = _fires_apart(_written_out(model, reset, detach_reset))
-    statements, last = _once(block, model.state)
+    statements, last, again = _once(block, model.state)
     final = {z: last.get(z, z) for z in model.state}
     spikes = last["y"] if "y" in last and "y" not in model.state else last["s"]
-    return Program(tuple(statements), final, {**last, **final}, spikes)
+    return Program(tuple(statements), final, {**last, **final}, spikes, again)
 
 
 def _written_out(model: NeuronModel, reset: str, detach_reset: bool) -> list[Statement]:
@@ -91,16 +92,18 @@ def _fires_apart(block: Iterable[Statement]) -> list[Statement]:
 
 def _once(
     block: Iterable[Statement], states: Iterable[str]
-) -> tuple[list[Statement], dict[str, str]]:
+) -> tuple[list[Statement], dict[str, str], dict[str, tuple[str, int]]]:
     """Static single assignment: each name assigned once; and the last name of each."""
     last: dict[str, str] = {}
+    made: dict[str, tuple[str, int]] = {}
     count = dict.fromkeys(states, 1)  # how often a name was assigned; a state, before the step
     found = []
     for statement in block:
         again = count.get(statement.target, 0)
         count[statement.target] = again + 1
         fresh = f"new{again if again > 1 else ''}_{statement.target}_" if again else ""
+        made |= {fresh: (statement.target, again)} if fresh else {}
         expression = statement.expression.substitute({k: name(v) for k, v in last.items()})
         last[statement.target] = fresh or statement.target
         found.append(Statement(last[statement.target], expression, statement.line))
-    return found, last
+    return found, last, made

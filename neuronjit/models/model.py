@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,7 +16,8 @@ from ..errors import (
     known,
 )
 from ..immutable import Immutable, ReadOnly
-from ..language.parse import check_label, check_name, parse_block, plain
+from ..language.mathematics import aligned, latex_name, to_latex
+from ..language.parse import check_label, check_name, parse_block, place_of, plain
 from ..language.tree import Statement
 
 _RESERVED = {
@@ -112,7 +114,7 @@ class NeuronModel(Immutable):
             raise EquationError(f"{this}: positive names {sorted(unknown)}. {known(params)}")
         readable = {*inputs, "s", "theta", *state, *params}
         statements = parse_block(equations, readable)
-        _check_block(name, inputs, params, statements)
+        _check_block(name, equations, inputs, params, statements)
         numbers = repr((state, params))  # as text: -0.0 is another default than 0.0
         identity = (name, equations, inputs, numbers, bool(strict), positive)
         self.__dict__.update(
@@ -177,7 +179,25 @@ class NeuronModel(Immutable):
         return self._hash
 
     def __repr__(self) -> str:
-        return f"NeuronModel('{self.name}', state={self.state}, params={self.params})"
+        fields = self.to_dict()
+        if self.inputs == ("x",):
+            del fields["inputs"]
+        text = fields.pop("equations")
+        lines = f'"""{text}"""' if "\n" in text and not re.search(r'\\|"', text) else repr(text)
+        said = [repr(fields.pop("name")), lines, *(f"{k}={v!r}" for k, v in fields.items() if v)]
+        return f"NeuronModel({', '.join(said)})"
+
+    def _repr_markdown_(self) -> str:
+        """The equations of the block in mathematics; `neuronjit.explain` has all of a step."""
+        lines = (
+            (latex_name(s.target), r"\leftarrow", to_latex(s.expression)) for s in self.statements
+        )
+        numbers = {"starts from": self.state, "parameters": self.params}
+        listed = (
+            f"{what} `{', '.join(f'{k} = {v:g}' for k, v in of.items())}`"
+            for what, of in numbers.items()
+        )
+        return f"**{self.name}**\n\n$$\n{aligned(lines)}\n$$\n\n{'; '.join(listed)}"
 
 
 def _default(key: str, value: Any) -> float:
@@ -199,6 +219,7 @@ def _recordable(state: Iterable[str], statements: Iterable[Statement]) -> tuple[
 
 def _check_block(
     model: str,
+    text: str,
     inputs: Iterable[str],
     params: Mapping[str, float],
     statements: tuple[Statement, ...],
@@ -207,26 +228,30 @@ def _check_block(
     assigned: set[str] = set()
     fired = False
     own_theta, own_s = (any(s.target == n for s in statements) for n in ("theta", "s"))
+
+    def refused(line: int, word: str, reason: str, *, read: bool = False) -> EquationError:
+        return EquationError(f"{place_of(text, line, word, read=read)}: {reason}")
+
     for statement in statements:
+        line = statement.line
         reads, target = statement.expression.names(), statement.target
-        where = f"line {statement.line}: "
         fired = fired or "s" in reads
         if own_s and "s" in reads and "s" not in assigned:
-            raise EquationError(f"{where}'s' is read before it is assigned")
+            raise refused(line, "s", "'s' is read before it is assigned", read=True)
         if "s" in (*reads, target) and "h" not in assigned:
             used = "read" if "s" in reads else "assigned"
             reason = f"'s' is {used} before 'h' is assigned, so the neuron cannot fire yet"
-            raise EquationError(where + reason)
+            raise refused(line, "s", reason, read="s" in reads)
         if "theta" in reads and own_theta and "theta" not in assigned:
-            raise EquationError(f"{where}'theta' is read before it is assigned")
+            raise refused(line, "theta", "'theta' is read before it is assigned", read=True)
         if target == "s" and "s" in assigned:
-            raise EquationError(f"{where}'s' is assigned twice; the neuron fires once a step")
+            raise refused(line, target, "'s' is assigned twice; the neuron fires once a step")
         if target in inputs or target in params:
             what = "a parameter" if target in params else "an input"
-            raise EquationError(f"{where}'{target}' is {what}; it cannot be assigned")
+            raise refused(line, target, f"'{target}' is {what}; it cannot be assigned")
         if target in ("h", "theta") and fired:
             when = "where 's' is assigned" if own_s else "the first statement that reads 's'"
-            raise EquationError(f"{where}'{target}' is assigned after the neuron fired ({when})")
+            raise refused(line, target, f"'{target}' is assigned after the neuron fired ({when})")
         fired = fired or target == "s"
         assigned.add(target)
     if "h" not in assigned:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import SpecError, expect_fields, expect_number, known
 from ..immutable import Immutable, ReadOnly
+from ..language.mathematics import aligned, to_latex
 from ..language.parse import check_label, check_name, parse_expression, plain
 from ..language.tree import Node
 
@@ -154,9 +155,20 @@ class Surrogate(Immutable):
     def __hash__(self) -> int:
         return self._hash
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         numbers = "".join(f"{k}={v:g}, " for k, v in self.params.items())
         return f"{self.name}({numbers}spiking={self.spiking})"
+
+    def __repr__(self) -> str:
+        fields = self.to_dict()
+        said = [f"'{fields.pop('name')}'", *(f"{k}={v!r}" for k, v in fields.items())]
+        return f"Surrogate({', '.join(said)})"
+
+    def _repr_markdown_(self) -> str:
+        lines = [(r"\frac{\partial s}{\partial u}", "=", to_latex(self.derivative_tree))]
+        if self.primitive_tree:
+            lines.append((r"\mathrm{primitive}", "=", to_latex(self.primitive_tree)))
+        return f"**{self}**\n\n$$\n{aligned(lines)}\n$$"
 
 
 def _unpickle(form: tuple[Any, ...], params: dict[str, float], spiking: bool) -> Surrogate:

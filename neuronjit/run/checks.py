@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from .. import neurons
 from ..errors import DifferentiationError, InputTypeError, SpecError, expect_number, known
 from ..kernels.spec import DTYPES, NAMES
+from ..language.parse import nearest
 from ..models.block import RESETS
 from ..models.model import NeuronModel
 from ..settings import warn
@@ -106,8 +108,11 @@ def check_names(
         raise SpecError(f"unknown reset {ascii(reset)[:80]}. {known(RESETS)}")
     for name in params:
         if name not in model.keywords:
+            meant = nearest(name, model.keywords) or "."
+            having = [m.name for m in neurons.built_in().values() if name in m.params]
+            meant += f" Models that have it: {', '.join(having)}." if having else ""
             raise SpecError(
-                f"unknown parameter '{name}' of model '{model.name}'. {known(model.keywords)}"
+                f"unknown parameter '{name}' of model '{model.name}'{meant} {known(model.keywords)}"
             )
     for name in model.inputs[1:]:
         if name not in params:

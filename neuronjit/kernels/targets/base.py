@@ -79,6 +79,11 @@ class Target(Protocol):
     def compile(self, source: str, symbol: str, arch: str, large: bool = False, /) -> bytes:
         """The binary. Raises CompileError with the compiler's words."""
 
+    def measure(
+        self, source: str, symbol: str, arch: str, large: bool = False, /
+    ) -> dict[str, int]:
+        """What the compiler made of it: bytes of "code", and what else it tells. As `compile`."""
+
     def check(self, binary: bytes, symbol: str, arch: str, /) -> str:
         """Why this cannot be the kernel's binary; "" if nothing is wrong with it."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
 
 SHARED, CUBIN = 3, 2  # e_type: ET_DYN, ET_EXEC
 CUDA = 190  # e_machine
@@ -60,6 +61,24 @@ def _why_not_elf(data: bytes, kind: int, machine: int | None, symbol: bytes) -> 
                 if defined and names[name : name + len(symbol) + 1] == symbol + b"\0":
                     return ""
     return f"it has no function {symbol.decode()}"
+
+
+def sections(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Name and contents of each section of an ELF file whose header is whole."""
+    header = _HEADER.unpack_from(data)
+    start, count, names = header[6], header[12], header[13]
+    rows = [_SECTION.unpack_from(data, start + i * _SECTION.size) for i in range(count)]
+    for name, kind, _, _, offset, size, *_ in rows:
+        at = rows[names][4] + name
+        contents = b"" if kind in _WITHOUT_BYTES else data[offset : offset + size]
+        yield data[at : data.index(b"\0", at)].decode(), contents
+
+
+def code_size(data: bytes) -> int:
+    """Bytes of instructions in an ELF file; 0 for any other (Mach-O)."""
+    if data[:4] != b"\x7fELF":
+        return 0
+    return sum(len(held) for name, held in sections(data) if re.match(r"\.text\b", name))
 
 
 def cubin_arch(data: bytes) -> int:

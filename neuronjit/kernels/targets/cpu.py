@@ -30,7 +30,7 @@ from .base import (
     keep_source,
     steps_between_checkpoints,
 )
-from .binary import SHARED, why_not_elf
+from .binary import SHARED, code_size, why_not_elf
 
 BLOCK = 1  # a loop over neurons takes the place of threads
 KEEPS_RECIPROCALS = False  # of parameters: a division is hidden behind the memory
@@ -192,6 +192,11 @@ def compile(source: str, symbol: str, arch: str, large: bool = False) -> bytes:
             f"{shlex.join(command)}\n{first_lines(words)}"
         )
     return binary
+
+
+def measure(source: str, symbol: str, arch: str, large: bool = False) -> dict[str, int]:
+    """Bytes of machine code: "code". Raises CompileError, BackendError as `compile`."""
+    return {"code": code_size(compile(source, symbol, arch, large))}
 
 
 def check(binary: bytes, symbol: str, arch: str) -> str:

@@ -27,7 +27,7 @@ from .base import (
     keep_source,
     steps_between_checkpoints,
 )
-from .binary import CUBIN, CUDA, cubin_arch, why_not_elf, why_not_ptx
+from .binary import CUBIN, CUDA, code_size, cubin_arch, why_not_elf, why_not_ptx
 
 BLOCK = 128  # threads; small, so that short rows still spread over all multiprocessors
 MULTIPROCESSORS = 132  # of an H100, where the shapes of kernels were measured
@@ -112,16 +112,42 @@ def compile(source: str, symbol: str, arch: str, large: bool = False) -> bytes:
 
     Raises CompileError with the compiler's words and the place of the source.
     """
+    return _compiled(source, symbol, arch, large)[0]
+
+
+VERBOSE = "--ptxas-options=-v"  # tells what `usage` reads
+
+
+def measure(source: str, symbol: str, arch: str, large: bool = False) -> dict[str, int]:
+    """Bytes of machine code and `usage`; nothing of PTX, of which the driver makes the code.
+
+    Raises CompileError, BackendError as `compile`.
+    """
+    binary, log = _compiled(source, symbol, arch, large, VERBOSE)
+    return {"code": code_size(binary), **usage(log)} if binary[:4] == b"\x7fELF" else {}
+
+
+def usage(log: str) -> dict[str, int]:
+    """From what ptxas said: registers of a thread, and bytes that it keeps in memory instead."""
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
+    local = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
+    spilled = max(int(n) for found in local for n in found)
+    return {"registers": max(registers), "spilled": spilled}
+
+
+def _compiled(source: str, symbol: str, arch: str, large: bool, *more: str) -> tuple[bytes, str]:
+    """The binary, and what the compiler said."""
     nvrtc = _nvrtc()
     newest = max(nvrtc.getSupportedArchs())
     as_ptx = _number(arch) > newest
-    options = [f"--gpu-architecture={f'compute_{newest}' if as_ptx else arch}", *FLAGS]
+    options = [f"--gpu-architecture={f'compute_{newest}' if as_ptx else arch}", *FLAGS, *more]
     options += LARGE if large else ()
     debug(f"nvrtc {' '.join(options)} {symbol}.cu", source, ".cu")
     program = nvrtc.createProgram(source, f"{symbol}.cu", (), ())
     try:
         nvrtc.compileProgram(program, options)
         made = nvrtc.getPTX(program) if as_ptx else nvrtc.getCUBIN(program)
+        said = nvrtc.getProgramLog(program) if more else ""
     except nvrtc.NVRTCError as error:
         log = first_lines(nvrtc.getProgramLog(program))
         raise CompileError(
@@ -135,7 +161,7 @@ def compile(source: str, symbol: str, arch: str, large: bool = False) -> bytes:
         binary += b"\0"
     if why := check(binary, symbol, arch):
         raise CompileError(f"NVRTC gave no kernel: {why}\nkernel {symbol}\n{' '.join(options)}")
-    return binary
+    return binary, said
 
 
 def check(binary: bytes, symbol: str, arch: str) -> str:
