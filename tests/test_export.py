@@ -188,13 +188,6 @@ def test_filters(tmp_path: Path) -> None:
     assert not (tmp_path / "c.cu").exists()
 
 
-# known spills, in bytes: here ptxas stores two numbers rather than go beyond 80 registers
-SPILLS = {
-    ("sm_75", "lif", "float32", "backward", 1000): 8,
-    ("sm_75", "lif_no_decay", "float32", "backward", 1000): 8,
-}
-
-
 @needs_nvrtc
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
@@ -206,8 +199,7 @@ def test_nothing_spills(arch: str, model: str) -> None:
         for direction in ("forward", "backward"):
             text = nj.render(model, direction=direction, dtype=dtype, steps=steps, neurons=neurons)
             _, said = compiled(text, arch, cuda.VERBOSE)
-            known = SPILLS.get((arch, model, dtype, direction, steps), 0)
-            assert cuda.usage(said)["spilled"] == known, said
+            assert not cuda.usage(said)["spilled"], said
 
 
 @needs_nvrtc

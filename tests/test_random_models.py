@@ -1,16 +1,19 @@
 """Random models against an evaluator of their own: values, gradients, warm calls, NaN included.
 
 One seed alone: pytest tests/test_random_models.py -k seed17-
+More of them: RANDOM_MODELS=2000 pytest tests/test_random_models.py
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import random_models
 import torch
 from random_models import Case
+from support import each_device
 from torch import Tensor
 
 import neuronjit as nj
@@ -18,19 +21,24 @@ from neuronjit.kernels.targets import cpu
 
 # most of the time would be the compiler's
 QUICKLY = tuple("-O1" if flag == "-O3" else flag for flag in cpu.FLAGS)
-ORDINARY, SLOW = 60, 300
+ORDINARY, ALL = 60, int(os.environ.get("RANDOM_MODELS", "360"))
 VALUES, GRADIENTS = 1e-9, 1e-7
 # a potential this near to the threshold may fall on either side
 NEAR = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
-def leaves(case: Case) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
+def leaves(case: Case, device: str) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
     """x, initial states and parameters that collect their own gradients, in the same layout."""
 
     def copy(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.detach().requires_grad_(value.requires_grad)
+        if device == "cpu":
+            return value.detach().requires_grad_(value.requires_grad)
+        apart = torch.empty_strided(
+            value.shape, value.stride(), dtype=value.dtype, device=device
+        )  # `to` closes the gaps of a view
+        return apart.copy_(value.detach()).requires_grad_(value.requires_grad)
 
     initial, given = ({k: copy(v) for k, v in d.items()} for d in (case.initial, case.given))
     return copy(case.x), initial, given
@@ -51,7 +59,7 @@ def gradients(
     for name in sorted(case.arriving):
         weight = torch.randn(outputs[name].shape, generator=generator, dtype=torch.float64)
         if outputs[name].requires_grad:
-            arriving[name] = weight.to(outputs[name].dtype) * kept
+            arriving[name] = weight.to(outputs[name]) * kept.to(outputs[name].device)
     if not wanted or not arriving:
         return {}
     found = torch.autograd.grad(
@@ -61,8 +69,10 @@ def gradients(
     return dict(zip(wanted, found, strict=True))
 
 
-def library(case: Case, model: nj.NeuronModel, backwards: bool) -> tuple[Any, dict[str, Tensor]]:
-    x, initial, given = leaves(case)
+def library(
+    case: Case, model: nj.NeuronModel, backwards: bool, device: str
+) -> tuple[Any, dict[str, Tensor]]:
+    x, initial, given = leaves(case, device)
     order = reversed(given.items()) if backwards else given.items()
     out = nj.multistep(
         model, x, initial or None, surrogate=nj.surrogates.ATan(spiking=case.spiking),
@@ -72,13 +82,13 @@ def library(case: Case, model: nj.NeuronModel, backwards: bool) -> tuple[Any, di
     return (x, initial, given), outputs | {f"{n}_seq": out.record[n] for n in case.record}
 
 
-def check(seed: int) -> None:
+def check(seed: int, device: str) -> None:
     case = random_models.case(seed)
     model = nj.NeuronModel(
         f"random{seed}", case.text, state=case.state, params=case.params, strict=case.strict,
         inputs=("x", *case.inputs),
     )  # fmt: skip
-    theirs = leaves(case)
+    theirs = leaves(case, "cpu")
     want = random_models.run(case, *theirs)
     distance = want.pop("u")
     kept = torch.ones(case.x.shape[1:], dtype=torch.bool)
@@ -87,8 +97,9 @@ def check(seed: int) -> None:
     slopes = gradients(case, want, theirs, kept)
     runs = []
     for backwards in (False, False, True):
-        mine, got = library(case, model, backwards)
-        runs.append((got, gradients(case, got, mine, kept)))
+        mine, got = library(case, model, backwards, device)
+        found = got, gradients(case, got, mine, kept)
+        runs.append(tuple({n: t.cpu() for n, t in each.items()} for each in found))
     shown = f"seed {seed}: {case}"
     for what, index in (("output", 0), ("gradient", 1)):
         first, *others = (run[index] for run in runs)
@@ -124,14 +135,16 @@ def compare(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
     assert near.all(), f"{got[~near][:4].tolist()}, not {want[~near][:4].tolist()}: {what}"
 
 
+@each_device
 @pytest.mark.parametrize("seed", range(ORDINARY), ids="seed{}-".format)
-def test_a_random_model(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_random_model(seed: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "FLAGS", QUICKLY)
-    check(seed)
+    check(seed, device)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(ORDINARY, ORDINARY + SLOW), ids="seed{}-".format)
-def test_another_random_model(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@each_device
+@pytest.mark.parametrize("seed", range(ORDINARY, ALL), ids="seed{}-".format)
+def test_another_random_model(seed: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "FLAGS", QUICKLY)
-    check(seed)
+    check(seed, device)

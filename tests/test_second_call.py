@@ -242,3 +242,21 @@ def test_surrogates_of_others_are_read_at_every_call() -> None:
         got = torch.autograd.grad(nj.multistep("lif", x, surrogate=other).spikes.sum(), x)[0]
         ours = nj.multistep("lif", x, surrogate=nj.surrogates.ATan(alpha=alpha))
         assert torch.equal(got, torch.autograd.grad(ours.spikes.sum(), x)[0])
+
+
+@pytest.mark.parametrize("name", ["x_seq", "v", "tau"])
+def test_a_sparse_tensor_is_no_dense_one_seen_before(name: str) -> None:
+    """They may be alike in shape, strides and dtype."""
+    given: dict[str, Tensor] = {
+        "x_seq": torch.ones(4, 9),
+        "v": torch.ones(9),
+        "tau": torch.ones(9) * 2,
+    }
+
+    def call() -> None:
+        nj.multistep(nj.neurons.LIF, given["x_seq"], {"v": given["v"]}, tau=given["tau"])
+
+    call()
+    given[name] = given[name].to_sparse()
+    with pytest.raises(nj.InputTypeError, match="must be a dense tensor"):
+        call()

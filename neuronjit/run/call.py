@@ -142,7 +142,8 @@ def as_names(given: Any, what: str = "record") -> tuple[Any, ...]:
 def signature(tensor: Tensor) -> tuple[Any, ...]:
     """All of a tensor that a plan depends on."""
     return (
-        type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_neg(),
+        type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.layout,
+        tensor.is_neg(),
     )  # fmt: skip
 
 
