@@ -25,12 +25,15 @@ def grids(quick: bool) -> dict[str, list]:
     kernels += [(Work("lif", d, 4, 2**24), [SJ]) for d in ("fp32", "fp16")]
     kernels += [(lif(t, n), [OURS, SJ]) for t, n in ((4, 4096), (500, 5120), (1000, 16384))]
     kernels += [(Work("plif", "fp32", t, 2**26 // t), [OURS]) for t in (4, 16)]
-    kernels += [(Work(n, "fp32", 4, 2**24), [OURS]) for n in ("if", "izhikevich", "adex")]
+    kernels += [(Work(n, "fp32", 4, 2**24), [OURS]) for n in ("if", "my lif", "adex")]
+    fused = [(n, d) for n in ("izhikevich", "ilif") for d in ("fp32", "fp16")]
+    kernels += [(Work(n, d, 4, 2**24), [OURS, SJ]) for n, d in fused]
     calls = [(lif(t, 2**26 // t), everyone) for t in (4, 8, 16)]
     calls += [(Work("lif", d, t, 2**26 // t), loops) for d in ("fp16", "bf16") for t in (4, 16)]
     calls += [(lif(t, n), everyone) for t, n in ((4, 4096), (500, 5120), (1000, 16384))]
     calls += [(Work("lif", "fp16", 1000, 16384), [OURS, SJ])]
     others = [("if", 4), ("plif", 4), ("plif", 16), ("izhikevich", 4), ("izhikevich", 16)]
+    others += [("ilif", 4), ("ilif", 16)]
     calls += [(Work(n, "fp32", t, 2**24 // t), loops) for n, t in others]
     calls += [(Work("adex", "fp32", 4, 2**22), [*loops, "torch.compile"])]
     # the slowest to start, so that they are what a short run leaves out
@@ -62,6 +65,13 @@ def goals(run: Run) -> list[Goal]:
         work = ((row, (row["T"], row["N"])) for row in rows if row["neuron"] == neuron)
         return [row["us"] / lif[key] for row, key in work if key in lif]
 
+    def of_lif(name: str, mode: str) -> list[float]:  # the time of a user's copy
+        def us(neuron: str) -> float:
+            work = dict(neuron=neuron, mode=mode, dtype="fp32", T=4, N=2**24)
+            return next((row["us"] for row in find(run, "kernels", peer=OURS, **work)), 0.0)
+
+        return [us(name) / us("lif")] if us(name) and us("lif") else []
+
     kept = find(run, "memory", peer=OURS, neuron="lif")
     big = dict(T=(4, 8, 16, 64), N=lambda n: n >= 2**18)  # in this grid: N * T >= 2^24
     large = dict(T=(4, 8, 16), N=lambda n: n >= 2**22)  # and this: N * T = 2^26
@@ -91,6 +101,15 @@ def goals(run: Run) -> list[Goal]:
     return [
         *(Goal(*line) for line in table),
         Goal("PLIF's backward kernel: times LIF's", times_lif("plif"), 1.10, at_most=True),
+        *(
+            Goal(
+                f"a user's copy of LIF, {mode}: times the built-in",
+                of_lif("my lif", mode),
+                1.02,
+                at_most=True,
+            )
+            for mode in ("forward", "backward")
+        ),
         Goal("bytes kept a neuron for each 16 steps", steps, 4, at_most=True),
     ]
 

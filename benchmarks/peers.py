@@ -17,12 +17,13 @@ ADEX = """
     h = v + (x - (v - v_rest) + delta_T * exp((v - theta_rh) / delta_T) - w) / tau
     w = w + (a * (h - v_rest) - w) / tau_w + b * s
 """  # the user's own neuron: built into no peer
+MY_LIF = "h = v + (x - (v - v_reset)) / tau"  # a user's copy of the built-in one
 ADEX_PARAMS = dict(tau=2.0, v_rest=0.0, delta_T=1.0, theta_rh=0.8, a=0.1, b=0.1, tau_w=2.0)
 
 
 @dataclass(frozen=True)
 class Work:
-    neuron: str  # if, lif, plif, izhikevich, adex
+    neuron: str  # a key of STEPS
     dtype: str  # a key of DTYPES
     T: int
     N: int
@@ -80,6 +81,13 @@ def _izhikevich(x, r, v, w):
     return s, v, w + (0.1 * (h + 0.1) - w) / 2.0 + 0.1 * s
 
 
+def _ilif(x, r, v):
+    h = v - v / 2.0 + x
+    s = h.clamp(0.0, 4.0)
+    s = s + (s.round() - s).detach()
+    return s, h - s
+
+
 def _adex(x, r, v, w, spike=Spike.apply):
     h = v + (x - v + torch.exp(v - 0.8) - w) / 2.0
     s, v = _fire(h, spike)
@@ -90,6 +98,8 @@ STEPS = {
     "if": (_if, 1),
     "lif": (_lif, 1),
     "plif": (_plif, 1),
+    "my lif": (_lif, 1),
+    "ilif": (_ilif, 1),
     "izhikevich": (_izhikevich, 2),
     "adex": (_adex, 2),
 }
@@ -138,10 +148,13 @@ def neuronjit(work: Work, device: str, max_t: int) -> Call:
 
     if work.neuron == "adex":
         model = nj.NeuronModel("adex", ADEX, state=dict(v=0.0, w=0.0), params=ADEX_PARAMS)
+    elif work.neuron == "my lif":
+        model = nj.NeuronModel("mine", MY_LIF, state=dict(v=0.0), params=dict(tau=2.0))
     else:
         model = nj.neurons.by_name(work.neuron)
     values: dict = dict(surrogate=nj.surrogates.ATan())
-    values |= {"lif": dict(tau=2.0), "izhikevich": IZHIKEVICH}.get(work.neuron, {})
+    given = {"lif": dict(tau=2.0), "ilif": dict(tau=2.0), "izhikevich": IZHIKEVICH}
+    values |= given.get(work.neuron, {})
 
     def make(w):
         if w is None:
@@ -159,6 +172,8 @@ def spikingjelly(work: Work, device: str, max_t: int) -> Call:
     from spikingjelly.activation_based import functional, neuron, surrogate
 
     values = dict(v_reset=0.0, surrogate_function=surrogate.ATan(alpha=2.0))
+    if work.neuron == "ilif":
+        values = dict(tau=2.0, surrogate_function=surrogate.MultiLevelSpikeCount(4))
     if work.neuron in ("lif", "plif"):
         values["decay_input"] = True
     if work.neuron == "izhikevich":
