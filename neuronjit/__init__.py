@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import neuron_kernel, neurons, nn, surrogates
 from .errors import (
+    AccelerationError,
     BackendError,
     BundleError,
     CompileError,
@@ -15,6 +16,7 @@ from .errors import (
     SpecError,
 )
 from .export import render, save_cuda_codes
+from .integrations.accelerate import accelerate, restore
 from .kernels.build import stats
 from .models.model import NeuronModel
 from .models.surrogate import Surrogate
@@ -31,6 +33,7 @@ from .run.autograd import Output, multistep
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccelerationError",
     "BackendError",
     "BundleError",
     "CompileError",
@@ -43,6 +46,7 @@ __all__ = [
     "Output",
     "SpecError",
     "Surrogate",
+    "accelerate",
     "multistep",
     "multistep_eif_ptt",
     "multistep_if_ptt",
@@ -54,6 +58,7 @@ __all__ = [
     "neurons",
     "nn",
     "render",
+    "restore",
     "save_cuda_codes",
     "stats",
     "surrogates",
