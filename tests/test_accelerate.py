@@ -610,3 +610,87 @@ def test_a_node_changed_later_goes_back_to_spikingjelly() -> None:
     assert_same_bits(got, theirs(x), "spikes")
     ours.surrogate_function = theirs.surrogate_function = surrogate.ATan()
     compare(theirs, ours, x)
+
+
+# --- our own layers among SpikingJelly's ----------------------------------------------------------
+
+
+def hybrid() -> Any:
+    from spikingjelly.activation_based import layer, neuron
+
+    torch.manual_seed(4)
+    return torch.nn.Sequential(
+        layer.Linear(6, 8, step_mode="m"), nj.nn.LIF(v_threshold=0.3), neuron.IFNode(step_mode="m"),
+        layer.Linear(8, 5, step_mode="m"), nj.nn.ParametricLIFNode(step_mode="m", v_threshold=0.2),
+        nj.nn.Neuron("izhikevich", v_threshold=0.1),
+    )  # fmt: skip
+
+
+def test_our_layers_under_spikingjellys_functions_without_a_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from spikingjelly.activation_based import functional
+    from spikingjelly.logger import logger
+
+    said: list[str] = []
+    handle = logger.add(said.append, level="WARNING")
+    logger.enable("spikingjelly")  # off unless it is asked for
+    net = hybrid()
+    formatted: list[str] = []
+    monkeypatch.setattr(type(net[1]), "extra_repr", lambda self: formatted.append("") or "")
+    try:
+        net(inputs((T, 3, 6))).sum().backward()
+        assert net[5].v.abs().sum() > 0
+        functional.detach_net(net)
+        assert not net[5].v.requires_grad
+        for _ in range(2):
+            functional.reset_net(net)
+            assert (net[1].v, net[4].v, net[5].w) == (0.0, 0.0, 0.0)
+        functional.set_step_mode(net, "s")
+        assert net(inputs((3, 6))).shape == (3, 5) and net[1].step_mode == "s"
+        functional.set_step_mode(net, "m")
+    finally:
+        logger.disable("spikingjelly")
+        logger.remove(handle)
+    assert not said and not formatted
+
+
+def test_our_layers_with_explicit_states_and_in_checkpoints() -> None:
+    from spikingjelly.activation_based import base, functional, memopt
+
+    net = hybrid()
+    x = inputs((T, 3, 6))
+    (out,), last = base.to_functional_forward(net)((x,), base.extract_memories(net))
+    assert net[1].v == 0.0 and len(last) == 5
+    assert_same_bits(out, net(x), "out")
+    for a, b in zip(last, base.extract_memories(net), strict=True):
+        assert_same_bits(a, b, "a state")
+    functional.reset_net(net)
+    net(x).sum().backward()
+    want = net[0].weight.grad.clone()
+    functional.reset_net(net)
+    net.zero_grad()
+    for place in (1, 4, 5):
+        net[place] = memopt.checkpoint_module(net[place], chunks=2)
+    net(x).sum().backward()
+    assert_near(net[0].weight.grad, want, 2e-5, "gradient")
+
+
+def test_our_layers_stay_what_they_are() -> None:
+    layer = hybrid()[4]
+    assert (
+        isinstance(layer, nj.nn.ParametricLIFNode) and type(layer).__name__ == "ParametricLIFNode"
+    )
+    plain = pickle.dumps(layer)
+    assert b"spikingjelly.activation_based" not in plain  # it can be read without
+    x = inputs((T, 3, 5)) * 1.3
+    want = layer(x)
+    for copied in (copy.deepcopy(layer), pickle.loads(plain)):  # noqa: S301 our own
+        nj.nn.reset_net(copied)
+        assert type(copied) is type(layer)
+        assert_same_bits(copied(x), want, "spikes")
+    layer.double()
+    assert layer.v.dtype == torch.float64 == layer.w.dtype
+    net = hybrid()
+    report = nj.accelerate(net)
+    assert [found.path for found in report.accelerated] == ["2"] and not report.skipped

@@ -7,7 +7,9 @@ Nothing here imports it: whoever passes one of its nodes has.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -195,3 +197,51 @@ class Methods:
             detach_reset=node.detach_reset, record=record, v_threshold=node.v_threshold,
             v_reset=node.v_reset, **params,
         )  # fmt: skip
+
+
+# --- our own layers among SpikingJelly's ----------------------------------------------------------
+
+
+def adopted(kind: type) -> type:
+    """A class of layers of ours as a MemoryModule too, if SpikingJelly is imported.
+
+    Its memopt and `to_functional_forward` find states in nothing else, and its `reset_net`,
+    `detach_net` and `set_step_mode` log a warning of every other module that has these methods.
+    """
+    base = sys.modules.get("spikingjelly.activation_based.base")
+    memory_module = getattr(base, "MemoryModule", None)
+    if memory_module is None or issubclass(kind, memory_module):
+        return kind
+    return _adopted(kind, memory_module)
+
+
+@cache
+def _adopted(kind: Any, memory_module: type) -> type:
+    own = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind.__name__, (Adopted, kind, memory_module), {**own, "_neuronjit_origin": kind})
+
+
+def again(origin: Any) -> Any:
+    """An empty instance, in `pickle` and `deepcopy`."""
+    return origin.__new__(origin)
+
+
+class Adopted:
+    """What SpikingJelly asks of its modules, answered by our layers."""
+
+    step_mode = "m"  # an attribute of instances, where SpikingJelly has a property
+    _neuronjit_origin: type
+    _memories: dict[str, Any]
+
+    def functional_forward(self, x: Any, state: Any = None, **kwargs: Any) -> Any:
+        """As the layer's own; as SpikingJelly's, tuples to tuples, where x is a tuple."""
+        run = super().functional_forward  # type: ignore[misc]
+        if not isinstance(x, tuple):
+            return run(x, state, **kwargs)
+        given = zip(self._memories, state, strict=True)
+        spikes, last = run(*x, {name: value for name, value in given if value is not None})
+        return (spikes,), tuple(last[name] for name in self._memories)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        return (again, (self._neuronjit_origin,), *reduced[2:])
