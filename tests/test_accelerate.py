@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import networks
 import pytest
 import torch
 from support import assert_near, assert_same_bits, each_device, inputs
@@ -232,6 +233,27 @@ def test_a_network_trains_alike(device: str) -> None:
     assert [type(m) for m in ours.modules()] == [type(m) for m in theirs.modules()]
     assert nj.restore(ours) == 0
     torch.testing.assert_close(losses(ours), losses(theirs), rtol=1e-4, atol=0)
+
+
+@each_device
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (networks.cifar10net, 32),
+        pytest.param(networks.sew_resnet18, 64, marks=pytest.mark.slow),
+        pytest.param(networks.spikformer, 32, marks=pytest.mark.slow),
+    ],
+    ids=["CIFAR10Net", "SEW-ResNet-18", "Spikformer"],
+)
+def test_spikingjellys_networks(make: Any, size: int, device: str) -> None:
+    """Its own models, trained with and without: the same losses, to rounding."""
+    _, neuron, _ = networks.spikingjelly()
+    data = networks.batches(3, device, size)
+    want = networks.train(theirs := make(neurons=neuron).to(device), theirs, data)
+    ours = make(neurons=neuron).to(device)
+    report = nj.accelerate(ours, data[0][0], strict=True)
+    assert len(report.layers) > 6
+    assert networks.train(ours, ours, data) == pytest.approx(want, rel=1e-4)
 
 
 def test_only_the_instance_is_swapped() -> None:
