@@ -7,6 +7,7 @@ Nothing here imports it: whoever passes one of its nodes has.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -22,7 +23,7 @@ from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
 from ..run.autograd import Output, multistep, note_carried
 from ..settings import warn_once
-from ..surrogates import as_surrogate
+from ..surrogates import StraightThrough, as_surrogate
 
 PACKAGE, TESTED = "spikingjelly", "2.0.0"
 _NEURONS = ("spikingjelly.activation_based.neuron", "spikingjelly.clock_driven.neuron")
@@ -54,6 +55,115 @@ _EIF = NeuronModel(
     positive=neurons.EIF.positive,
 )
 
+_CUBALIF = NeuronModel(
+    "cubalif",
+    """
+    c = c * c_decay + x
+    h = v * v_decay + c
+    """,
+    state=dict(v=0.0, c=0.0),
+    params=dict(c_decay=0.5, v_decay=0.75),
+)
+# Izhikevich 2001, resonate-and-fire; the damped rotation's three numbers are parameters
+_RAF = NeuronModel(
+    "raf",
+    """
+    h = alpha * (u * sine + v * cosine)
+    u = alpha * (u * cosine - v * sine) + x
+    """,
+    state=dict(v=0.0, u=0.0),
+    params=dict(alpha=0.8, cosine=0.5, sine=0.8),
+)
+
+
+def _rotation(node: Any) -> Mapping[str, float]:
+    angle = node.omega * node.dt
+    return dict(alpha=math.exp(node.b * node.dt), cosine=math.cos(angle), sine=math.sin(angle))
+
+
+_CHARGES = {
+    None: "v + x",
+    True: "v + (x - (v - v_reset)) / tau",
+    False: "v - (v - v_reset) / tau + x",
+}
+
+
+@cache
+def _klif(decay_input: bool, scale_reset: bool, soft: bool) -> NeuronModel:
+    """Jiang and Zhang 2023, arXiv:2302.09238: a learnable slope k and a ReLU after the charge."""
+    reset = ""
+    if scale_reset:
+        scaled = "v = h / k - s * (theta / k)" if soft else "v = s * v_reset + (1 - s) * (h / k)"
+        reset = f"\n{scaled}"
+    return NeuronModel(
+        f"klif{'' if decay_input else '_no_decay'}{'_scaled' if scale_reset else ''}",
+        f"h = relu(k * ({_CHARGES[decay_input]})){reset}",
+        state=dict(v=0.0),
+        params=dict(tau=2.0, k=1.0),
+        positive=["tau"],
+    )
+
+
+@cache
+def _ternary(decay_input: bool | None, soft: bool, detach_reset: bool) -> NeuronModel:
+    """Spikes of -1, 0 and 1; a hard reset follows a spike of either sign."""
+    either = "detach(p + n)" if detach_reset else "p + n"
+    reset = "" if soft else f"\nr = {either}\nv = r * v_reset + (1 - r) * h"
+    leak = {} if decay_input is None else dict(tau=2.0)
+    return NeuronModel(
+        "ternary_if" if decay_input is None else "ternary_lif",
+        f"h = {_CHARGES[decay_input]}\np = fire(h, theta)\nn = fire(-h, theta)\ns = p - n{reset}",
+        state=dict(v=0.0),
+        params=leak,
+        positive=list(leak),
+    )
+
+
+# Huang et al. 2024, arXiv:2402.04663: a second state m makes the reset stronger
+_CLIF = NeuronModel(
+    "clif",
+    """
+    h = v - v / tau + x
+    m = m * sigmoid(h / tau) + s
+    v = h - s * (theta + sigmoid(m))
+    """,
+    state=dict(v=0.0, m=0.0),
+    params=dict(tau=2.0),
+    positive=["tau"],
+)
+_NO_SLOPE = Surrogate("Heaviside", "0")
+
+
+def _clif(node: Any) -> NeuronModel:
+    if node.store_state_seqs:
+        raise SpecError("store_state_seqs=True, and kernels store v alone")
+    return _CLIF
+
+
+def _clif_surrogate(node: Any) -> Surrogate:
+    ours = _surrogate(node)
+    return ours if node.training or not ours.spiking else _NO_SLOPE  # as the node in eval mode
+
+
+_ILIF = NeuronModel(  # Luo et al. 2024, arXiv:2407.20708: integer spikes in training
+    "ilif",
+    """
+    h = v - v / tau + x
+    s = round(clamp(h / theta, 0, levels))
+    """,
+    state=dict(v=0.0),
+    params=dict(tau=2.0, levels=4.0),
+    positive=["tau"],
+)
+
+
+def _ilif(node: Any) -> Mapping[str, Any]:
+    count = node.surrogate_function
+    if not count.spiking or (count.grad_min, count.grad_max) != (0, count.max_spike_count):
+        raise SpecError("its gradient's window is not that of its spikes, or it does not spike")
+    return {"tau": node.tau, "levels": count.max_spike_count}
+
+
 NODES = {
     "IFNode": Row(lambda node: neurons.IF, _attributes()),
     "LIFNode": Row(
@@ -69,6 +179,21 @@ NODES = {
         lambda node: neurons.IZHIKEVICH,
         _attributes("tau", "v_c", "a0", "v_rest", "tau_w", "a", "b"),
     ),
+    "CUBALIFNode": Row(lambda node: _CUBALIF, _attributes("c_decay", "v_decay")),
+    "RAFNode": Row(lambda node: _RAF, _rotation),
+    "KLIFNode": Row(
+        lambda node: _klif(node.decay_input, node.scale_reset, node.v_reset is None),
+        _attributes("tau", "k"),
+    ),
+    "TernaryIFNode": Row(
+        lambda node: _ternary(None, node.v_reset is None, node.detach_reset), _attributes()
+    ),
+    "TernaryLIFNode": Row(
+        lambda node: _ternary(node.decay_input, node.v_reset is None, node.detach_reset),
+        _attributes("tau"),
+    ),
+    "ComplementaryLIFNode": Row(_clif, _attributes("tau"), _clif_surrogate),
+    "ILIFNode": Row(lambda node: _ILIF, _ilif, lambda node: StraightThrough),
 }
 
 # a class or an instance that has one of these of its own has dynamics of its own
