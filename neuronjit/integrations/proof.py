@@ -190,6 +190,8 @@ def _recorded(model: Module, paths: Sequence[str], args: Any, kwargs: Any) -> _S
     def widen(module: Module, given: tuple[Any, ...]) -> Any:
         # the peer would round every operation to half precision, which our kernels never do: both
         # get the same numbers in float32
+        if not given:  # called with keywords, which no library does itself
+            return None
         first = given[0]
         step.dtypes.add(first.dtype)
         return (first.float(), *given[1:]) if first.dtype in _HALF else None
