@@ -50,8 +50,9 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(pip) -e ".[examples]"
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/pip
+$(VENV)/.installed-test: pyproject.toml constraints.txt tests/peers.txt | $(VENV)/bin/pip
 	$(pip) -e ".[$(test_extras)]"
+	$(pip) --no-deps -r tests/peers.txt
 	@touch $@ $(VENV)/.installed-demo
 
 # pip, not python: an environment whose making was cut short has the one without the other.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import neuron_kernel, neurons, nn, surrogates
 from .errors import (
+    AccelerationError,
     BackendError,
     BundleError,
     CompileError,
@@ -16,6 +17,7 @@ from .errors import (
 )
 from .explanation import Explanation, explain
 from .export import render, save_cuda_codes
+from .integrations.accelerate import accelerate, restore
 from .kernels.build import stats
 from .models.model import NeuronModel
 from .models.surrogate import Surrogate
@@ -33,6 +35,7 @@ from .run.autograd import Output, multistep
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccelerationError",
     "BackendError",
     "BundleError",
     "CompileError",
@@ -46,6 +49,7 @@ __all__ = [
     "Output",
     "SpecError",
     "Surrogate",
+    "accelerate",
     "explain",
     "multistep",
     "multistep_eif_ptt",
@@ -59,6 +63,7 @@ __all__ = [
     "nn",
     "plot",
     "render",
+    "restore",
     "save_cuda_codes",
     "stats",
     "surrogates",

@@ -40,6 +40,17 @@ class DifferentiationError(NeuronJitError, NotImplementedError):
     """A derivative that the kernels do not provide (double backward, jvp, vmap)."""
 
 
+class AccelerationError(NeuronJitError, RuntimeError):
+    """`accelerate` could not do all that was asked, and changed nothing.
+
+    `report` is what it would have returned, where it got so far.
+    """
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
 class BundleError(NeuronJitError, ValueError):
     """A bundle of kernels that is damaged, hostile, or not trusted."""
 

@@ -1,4 +1,4 @@
-"""SpikingJelly's own networks, reduced, with our layers in them."""
+"""SpikingJelly's own networks, reduced, with our layers in them or with its own."""
 
 from __future__ import annotations
 
@@ -15,20 +15,27 @@ import neuronjit as nj
 
 
 def spikingjelly() -> Any:
-    """Its models' modules; they import h5py, which nothing here uses."""
-    if "h5py" not in sys.modules and importlib.util.find_spec("h5py") is None:
-        sys.modules["h5py"] = types.ModuleType("h5py")
-    from spikingjelly.activation_based import functional
-    from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet
+    """Its models' modules, neuron and functional."""
+    # its models import these, of which nothing is used here
+    names = ["h5py", "torchvision", "torchvision._internally_replaced_utils"]
+    stubs = [name for name in names if importlib.util.find_spec(name.partition(".")[0]) is None]
+    for name in stubs:
+        sys.modules[name] = stub = types.ModuleType(name)
+        stub.load_state_dict_from_url = None  # type: ignore[attr-defined]
+    try:
+        from spikingjelly.activation_based import functional, neuron
+        from spikingjelly.activation_based.model import parametric_lif_net, sew_resnet, spikformer
+    finally:
+        for name in stubs:
+            del sys.modules[name]
+    return (parametric_lif_net, sew_resnet, spikformer), neuron, functional
 
-    return parametric_lif_net, sew_resnet, functional
 
-
-def cifar10net(channels: int = 8) -> torch.nn.Module:
+def cifar10net(channels: int = 8, neurons: Any = nj.nn) -> torch.nn.Module:
     """Fang et al. 2021: convolutions, batch norms, PLIF, pooling, voting; without dropout."""
-    models, _, functional = spikingjelly()
+    (models, _, _), _, functional = spikingjelly()
     torch.manual_seed(0)
-    net = models.CIFAR10Net(channels, nj.nn.ParametricLIFNode, detach_reset=True)
+    net = models.CIFAR10Net(channels, neurons.ParametricLIFNode, detach_reset=True)
     functional.set_step_mode(net, "m")
     for name, module in net.conv_fc.named_children():
         if "Dropout" in type(module).__name__:  # it keeps a mask of its own from call to call
@@ -36,15 +43,25 @@ def cifar10net(channels: int = 8) -> torch.nn.Module:
     return net
 
 
-def sew_resnet18() -> torch.nn.Module:
+def sew_resnet18(neurons: Any = nj.nn) -> torch.nn.Module:
     """Fang et al. 2021: additions after the neurons."""
-    _, models, functional = spikingjelly()
+    (_, models, _), _, functional = spikingjelly()
     torch.manual_seed(0)
     net = models.sew_resnet18(
-        num_classes=10, cnf="ADD", spiking_neuron=nj.nn.IFNode, detach_reset=True
+        num_classes=10, cnf="ADD", spiking_neuron=neurons.IFNode, detach_reset=True
     )
     functional.set_step_mode(net, "m")
     return net
+
+
+def spikformer(neurons: Any) -> torch.nn.Module:
+    """Zhou et al. 2023: attention of spikes."""
+    (_, _, models), _, _ = spikingjelly()
+    torch.manual_seed(0)
+    return models.Spikformer(
+        img_size_h=32, img_size_w=32, patch_size=4, num_classes=10, embed_dims=64, num_heads=4,
+        depths=2, spiking_neuron=neurons.LIFNode,
+    )  # fmt: skip
 
 
 # with the size of their images; at 32 pixels the last features of the ResNet are 1 x 1, for which

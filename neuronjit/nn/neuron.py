@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from ..errors import SpecError, known
+from ..integrations.spikingjelly import adopted
 from ..models.block import RESETS
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
@@ -49,6 +50,10 @@ class Neuron(torch.nn.Module):
     step_mode: str
     surrogate_function: Surrogate
     _derived: tuple[str, ...] = ()  # parameters of the model that a subclass computes
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """An instance that SpikingJelly, where it is imported, takes for a module of its own."""
+        return super().__new__(adopted(cls))
 
     def __init__(
         self,
@@ -333,7 +338,8 @@ class Neuron(torch.nn.Module):
                 moved = fn(value)
                 # .half() is for parameters and sequences: the state is float32 whatever they are
                 self._memories[name] = moved if moved.itemsize >= 4 else value.to(moved.device)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # not super(): SpikingJelly's, where it comes next, would move the states once more
+        return torch.nn.Module._apply(self, fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -370,7 +376,7 @@ class Neuron(torch.nn.Module):
         shown["surrogate_function"] = str(self.surrogate_function)
         extras = ("channels", "backend", "store_v_seq", "persistent_state")
         shown |= {n: str(getattr(self, n)) for n in extras if getattr(self, n) not in (None, False)}
-        named = f"'{self.model.name}', " if type(self) is Neuron else ""
+        named = f"'{self.model.name}', " if type(self).__name__ == "Neuron" else ""
         return named + ", ".join(f"{name}={text}" for name, text in shown.items())
 
 

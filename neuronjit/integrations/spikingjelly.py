@@ -1,0 +1,372 @@
+"""SpikingJelly's nodes: what is known of each, one row, and the methods that an instance gets.
+
+A node of SpikingJelly 2.0.0 has its dynamics in functional forwards, states in and states out. They
+are all that is replaced: memories, `reset`, `detach`, `state_dict` and hooks stay SpikingJelly's.
+Nothing here imports it: whoever passes one of its nodes has.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from .. import neurons
+from ..errors import NeuronJitError, SpecError
+from ..models.model import NeuronModel
+from ..models.surrogate import Surrogate
+from ..run.autograd import Output, multistep, note_carried
+from ..settings import warn_once
+from ..surrogates import StraightThrough, as_surrogate
+
+PACKAGE, TESTED = "spikingjelly", "2.0.0"
+_NEURONS = ("spikingjelly.activation_based.neuron", "spikingjelly.clock_driven.neuron")
+_PRECISION = "its neuron precision is set, which SpikingJelly's own kernels serve"
+
+
+def _surrogate(node: Any) -> Surrogate:
+    return as_surrogate(node.surrogate_function)
+
+
+class Row(NamedTuple):
+    """What a node computes, read from the instance at every call; SpecError where we cannot."""
+
+    model: Callable[[Any], NeuronModel]  # its states are named as the node's memories
+    params: Callable[[Any], Mapping[str, Any]]  # but v_threshold and v_reset, which all have
+    surrogate: Callable[[Any], Surrogate] = _surrogate
+
+
+def _attributes(*names: str) -> Callable[[Any], Mapping[str, Any]]:
+    return lambda node: {name: getattr(node, name) for name in names}
+
+
+# as neurons.EIF, in SpikingJelly's order of operations: the same bits but for exp
+_EIF = NeuronModel(
+    "eif_spikingjelly",
+    "h = v + (x + v_rest - v + delta_T * exp((v - theta_rh) / delta_T)) / tau",
+    state=dict(v=0.0),
+    params=dict(neurons.EIF.params),
+    positive=neurons.EIF.positive,
+)
+
+_CUBALIF = NeuronModel(
+    "cubalif",
+    """
+    c = c * c_decay + x
+    h = v * v_decay + c
+    """,
+    state=dict(v=0.0, c=0.0),
+    params=dict(c_decay=0.5, v_decay=0.75),
+)
+# Izhikevich 2001, resonate-and-fire; the damped rotation's three numbers are parameters
+_RAF = NeuronModel(
+    "raf",
+    """
+    h = alpha * (u * sine + v * cosine)
+    u = alpha * (u * cosine - v * sine) + x
+    """,
+    state=dict(v=0.0, u=0.0),
+    params=dict(alpha=0.8, cosine=0.5, sine=0.8),
+)
+
+
+def _rotation(node: Any) -> Mapping[str, float]:
+    angle = node.omega * node.dt
+    return dict(alpha=math.exp(node.b * node.dt), cosine=math.cos(angle), sine=math.sin(angle))
+
+
+_CHARGES = {
+    None: "v + x",
+    True: "v + (x - (v - v_reset)) / tau",
+    False: "v - (v - v_reset) / tau + x",
+}
+
+
+@cache
+def _klif(decay_input: bool, scale_reset: bool, soft: bool) -> NeuronModel:
+    """Jiang and Zhang 2023, arXiv:2302.09238: a learnable slope k and a ReLU after the charge."""
+    reset = ""
+    if scale_reset:
+        scaled = "v = h / k - s * (theta / k)" if soft else "v = s * v_reset + (1 - s) * (h / k)"
+        reset = f"\n{scaled}"
+    return NeuronModel(
+        f"klif{'' if decay_input else '_no_decay'}{'_scaled' if scale_reset else ''}",
+        f"h = relu(k * ({_CHARGES[decay_input]})){reset}",
+        state=dict(v=0.0),
+        params=dict(tau=2.0, k=1.0),
+        positive=["tau"],
+    )
+
+
+@cache
+def _ternary(decay_input: bool | None, soft: bool, detach_reset: bool) -> NeuronModel:
+    """Spikes of -1, 0 and 1; a hard reset follows a spike of either sign."""
+    either = "detach(p + n)" if detach_reset else "p + n"
+    reset = "" if soft else f"\nr = {either}\nv = r * v_reset + (1 - r) * h"
+    leak = {} if decay_input is None else dict(tau=2.0)
+    return NeuronModel(
+        "ternary_if" if decay_input is None else "ternary_lif",
+        f"h = {_CHARGES[decay_input]}\np = fire(h, theta)\nn = fire(-h, theta)\ns = p - n{reset}",
+        state=dict(v=0.0),
+        params=leak,
+        positive=list(leak),
+    )
+
+
+# Huang et al. 2024, arXiv:2402.04663: a second state m makes the reset stronger
+_CLIF = NeuronModel(
+    "clif",
+    """
+    h = v - v / tau + x
+    m = m * sigmoid(h / tau) + s
+    v = h - s * (theta + sigmoid(m))
+    """,
+    state=dict(v=0.0, m=0.0),
+    params=dict(tau=2.0),
+    positive=["tau"],
+)
+_NO_SLOPE = Surrogate("Heaviside", "0")
+
+
+def _clif(node: Any) -> NeuronModel:
+    if node.store_state_seqs:
+        raise SpecError("store_state_seqs=True, and kernels store v alone")
+    return _CLIF
+
+
+def _clif_surrogate(node: Any) -> Surrogate:
+    ours = _surrogate(node)
+    return ours if node.training or not ours.spiking else _NO_SLOPE  # as the node in eval mode
+
+
+_ILIF = NeuronModel(  # Luo et al. 2024, arXiv:2407.20708: integer spikes in training
+    "ilif",
+    """
+    h = v - v / tau + x
+    s = round(clamp(h / theta, 0, levels))
+    """,
+    state=dict(v=0.0),
+    params=dict(tau=2.0, levels=4.0),
+    positive=["tau"],
+)
+
+
+def _ilif(node: Any) -> Mapping[str, Any]:
+    count = node.surrogate_function
+    if not count.spiking or (count.grad_min, count.grad_max) != (0, count.max_spike_count):
+        raise SpecError("its gradient's window is not that of its spikes, or it does not spike")
+    return {"tau": node.tau, "levels": count.max_spike_count}
+
+
+NODES = {
+    "IFNode": Row(lambda node: neurons.IF, _attributes()),
+    "LIFNode": Row(
+        lambda node: neurons.LIF if node.decay_input else neurons.LIF_NO_DECAY, _attributes("tau")
+    ),
+    "ParametricLIFNode": Row(
+        lambda node: neurons.PLIF if node.decay_input else neurons.PLIF_NO_DECAY,
+        lambda node: {"reciprocal_tau": node.w.sigmoid()},
+    ),
+    "QIFNode": Row(lambda node: neurons.QIF, _attributes("tau", "v_c", "a0", "v_rest")),
+    "EIFNode": Row(lambda node: _EIF, _attributes("tau", "delta_T", "theta_rh", "v_rest")),
+    "IzhikevichNode": Row(
+        lambda node: neurons.IZHIKEVICH,
+        _attributes("tau", "v_c", "a0", "v_rest", "tau_w", "a", "b"),
+    ),
+    "CUBALIFNode": Row(lambda node: _CUBALIF, _attributes("c_decay", "v_decay")),
+    "RAFNode": Row(lambda node: _RAF, _rotation),
+    "KLIFNode": Row(
+        lambda node: _klif(node.decay_input, node.scale_reset, node.v_reset is None),
+        _attributes("tau", "k"),
+    ),
+    "TernaryIFNode": Row(
+        lambda node: _ternary(None, node.v_reset is None, node.detach_reset), _attributes()
+    ),
+    "TernaryLIFNode": Row(
+        lambda node: _ternary(node.decay_input, node.v_reset is None, node.detach_reset),
+        _attributes("tau"),
+    ),
+    "ComplementaryLIFNode": Row(_clif, _attributes("tau"), _clif_surrogate),
+    "ILIFNode": Row(lambda node: _ILIF, _ilif, lambda node: StraightThrough),
+}
+
+# a class or an instance that has one of these of its own has dynamics of its own
+_DYNAMICS = (
+    "__call__", "forward", "single_step_forward", "multi_step_forward", "functional_forward",
+    "single_step_functional_forward", "multi_step_functional_forward", "materialize_states",
+    "_v_seq_source", "_append_v_seq",
+)  # fmt: skip
+
+
+def _family(kind: type) -> list[type]:
+    return [base for base in kind.__mro__ if base.__module__.startswith(_NEURONS)]
+
+
+def known(kind: type) -> type | None:
+    """SpikingJelly's class, of which there is a row, that this one is or was derived from."""
+    return next((base for base in _family(kind) if base.__name__ in NODES), None)
+
+
+def look(module: torch.nn.Module) -> Row | str | None:
+    """The row of a node that can be swapped, why a neuron cannot be, or None: it is no neuron."""
+    kind = type(module)
+    if not _family(kind):
+        return None
+    base = known(kind)
+    if base is None:
+        return f"no equations for it; there are some for {', '.join(NODES)}"
+    if not hasattr(base, "single_step_functional_forward"):
+        return f"an older SpikingJelly, without functional forwards; {TESTED} is known"
+    own = [
+        name
+        for name in _DYNAMICS
+        if getattr(kind, name, None) is not getattr(base, name, None) or name in vars(module)
+    ]
+    if own:
+        return f"dynamics of its own: {kind.__name__} overrides {', '.join(own)}"
+    row = NODES[base.__name__]
+    return _why_not(module, row) or row
+
+
+def describe(module: Any, row: Row) -> str:
+    """What runs in the node's place."""
+    surrogate = row.surrogate(module)
+    numbers = ", ".join(f"{value:g}" for value in surrogate.values)
+    smooth = "" if surrogate.spiking else ", not spiking"
+    reset = "soft" if module.v_reset is None else "hard"
+    return f"{row.model(module).name}, {reset} reset, {surrogate.name}({numbers}){smooth}"
+
+
+def _why_not(node: Any, row: Row) -> str | None:
+    if node._neuron_precision is not None:
+        return _PRECISION
+    try:
+        row.model(node), row.params(node), row.surrogate(node)
+    except NeuronJitError as error:
+        return str(error)
+    return None
+
+
+class Methods:
+    """What stands before the methods of a node's class when the node is accelerated."""
+
+    _neuronjit: Row
+    _memories: dict[str, Any]
+
+    def materialize_states(self, inputs: Any, states: Any, step_mode: str) -> Any:
+        """States as they are where they fit the input: kernels take numbers, and keep float32."""
+        x = inputs[0]
+        shape = x.shape[1:] if step_mode == "m" else x.shape
+        for state in states:
+            if isinstance(state, Tensor):
+                fits = state.shape == shape and state.device == x.device
+            else:
+                fits = type(state) is float
+            if not fits:
+                return super().materialize_states(inputs, states, step_mode)  # type: ignore[misc]
+        return states
+
+    def single_step_functional_forward(self, inputs: Any, states: Any, **kwargs: Any) -> Any:
+        """One time step as a kernel of T = 1."""
+        out = self._run(inputs[0].unsqueeze(0), states)
+        if out is None:
+            return super().single_step_functional_forward(inputs, states, **kwargs)  # type: ignore[misc]
+        return (out.spikes[0],), tuple(out.state[name] for name in self._memories)
+
+    def multi_step_functional_forward(self, inputs: Any, states: Any, **kwargs: Any) -> Any:
+        """A whole sequence as one kernel."""
+        out = self._run(inputs[0], states)
+        if out is None:
+            return super().multi_step_functional_forward(inputs, states, **kwargs)  # type: ignore[misc]
+        return (out.spikes,), tuple(out.state[name] for name in self._memories)
+
+    def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """A whole sequence as one kernel, which stores `v_seq` where that is asked for."""
+        states = self.materialize_states((x_seq,), tuple(self._memories.values()), "m")
+        stored = ("v",) if self.store_v_seq else ()  # type: ignore[attr-defined]
+        out = self._run(x_seq, states, stored)
+        if out is None:
+            return super().multi_step_forward(x_seq, *args, **kwargs)  # type: ignore[misc]
+        self._memories.update(out.state)
+        self.v_seq = out.record.get("v")
+        return out.spikes
+
+    def _run(self, x_seq: Tensor, states: Any, record: tuple[str, ...] = ()) -> Output | None:
+        """The kernel's output; None where the node was changed into what only SpikingJelly runs."""
+        node: Any = self
+        row = node._neuronjit
+        try:
+            if node._neuron_precision is not None:
+                raise SpecError(_PRECISION)
+            model, params, surrogate = row.model(node), row.params(node), row.surrogate(node)
+        except NeuronJitError as error:
+            name = type(node).__name__
+            warn_once(
+                ("left", name, str(error)),
+                f"an accelerated {name} was changed, and SpikingJelly runs it again: {error}",
+                UserWarning,
+            )
+            return None
+        if not is_compiling():
+            for state in states:
+                if isinstance(state, Tensor) and state.requires_grad:
+                    note_carried(state, type(node).__name__)
+        return multistep(
+            model, x_seq, dict(zip(node._memories, states, strict=True)), surrogate=surrogate,
+            detach_reset=node.detach_reset, record=record, v_threshold=node.v_threshold,
+            v_reset=node.v_reset, **params,
+        )  # fmt: skip
+
+
+# --- our own layers among SpikingJelly's ----------------------------------------------------------
+
+
+def adopted(kind: type) -> type:
+    """A class of layers of ours as a MemoryModule too, if SpikingJelly is imported.
+
+    Its memopt and `to_functional_forward` find states in nothing else, and its `reset_net`,
+    `detach_net` and `set_step_mode` log a warning of every other module that has these methods.
+    """
+    base = sys.modules.get("spikingjelly.activation_based.base")
+    memory_module = getattr(base, "MemoryModule", None)
+    if memory_module is None or issubclass(kind, memory_module):
+        return kind
+    return _adopted(kind, memory_module)
+
+
+@cache
+def _adopted(kind: Any, memory_module: type) -> type:
+    own = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind.__name__, (Adopted, kind, memory_module), {**own, "_neuronjit_origin": kind})
+
+
+def again(origin: Any) -> Any:
+    """An empty instance, in `pickle` and `deepcopy`."""
+    return origin.__new__(origin)
+
+
+class Adopted:
+    """What SpikingJelly asks of its modules, answered by our layers."""
+
+    step_mode = "m"  # an attribute of instances, where SpikingJelly has a property
+    _neuronjit_origin: type
+    _memories: dict[str, Any]
+
+    def functional_forward(self, x: Any, state: Any = None, **kwargs: Any) -> Any:
+        """As the layer's own; as SpikingJelly's, tuples to tuples, where x is a tuple."""
+        run = super().functional_forward  # type: ignore[misc]
+        if not isinstance(x, tuple):
+            return run(x, state, **kwargs)
+        given = zip(self._memories, state, strict=True)
+        spikes, last = run(*x, {name: value for name, value in given if value is not None})
+        return (spikes,), tuple(last[name] for name in self._memories)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        return (again, (self._neuronjit_origin,), *reduced[2:])
