@@ -20,7 +20,7 @@ neuronjit cli
 integrations nn neuron_kernel export explanation plotting
 run
 kernels
-cache neurons surrogates models
+cache neurons zoo surrogates models
 language
 errors settings terminal torch_private immutable
 """

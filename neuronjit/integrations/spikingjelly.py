@@ -55,16 +55,7 @@ _EIF = NeuronModel(
     positive=neurons.EIF.positive,
 )
 
-_CUBALIF = NeuronModel(
-    "cubalif",
-    """
-    c = c * c_decay + x
-    h = v * v_decay + c
-    """,
-    state=dict(v=0.0, c=0.0),
-    params=dict(c_decay=0.5, v_decay=0.75),
-)
-# Izhikevich 2001, resonate-and-fire; the damped rotation's three numbers are parameters
+# neurons.RAF, whose damped rotation is three numbers here: a step evaluates no exp and no cos
 _RAF = NeuronModel(
     "raf",
     """
@@ -91,6 +82,8 @@ _CHARGES = {
 @cache
 def _klif(decay_input: bool, scale_reset: bool, soft: bool) -> NeuronModel:
     """Jiang and Zhang 2023, arXiv:2302.09238: a learnable slope k and a ReLU after the charge."""
+    if decay_input and not scale_reset:
+        return neurons.KLIF
     reset = ""
     if scale_reset:
         scaled = "v = h / k - s * (theta / k)" if soft else "v = s * v_reset + (1 - s) * (h / k)"
@@ -119,42 +112,18 @@ def _ternary(decay_input: bool | None, soft: bool, detach_reset: bool) -> Neuron
     )
 
 
-# Huang et al. 2024, arXiv:2402.04663: a second state m makes the reset stronger
-_CLIF = NeuronModel(
-    "clif",
-    """
-    h = v - v / tau + x
-    m = m * sigmoid(h / tau) + s
-    v = h - s * (theta + sigmoid(m))
-    """,
-    state=dict(v=0.0, m=0.0),
-    params=dict(tau=2.0),
-    positive=["tau"],
-)
 _NO_SLOPE = Surrogate("Heaviside", "0")
 
 
 def _clif(node: Any) -> NeuronModel:
     if node.store_state_seqs:
         raise SpecError("store_state_seqs=True, and kernels store v alone")
-    return _CLIF
+    return neurons.CLIF
 
 
 def _clif_surrogate(node: Any) -> Surrogate:
     ours = _surrogate(node)
     return ours if node.training or not ours.spiking else _NO_SLOPE  # as the node in eval mode
-
-
-_ILIF = NeuronModel(  # Luo et al. 2024, arXiv:2407.20708: integer spikes in training
-    "ilif",
-    """
-    h = v - v / tau + x
-    s = round(clamp(h / theta, 0, levels))
-    """,
-    state=dict(v=0.0),
-    params=dict(tau=2.0, levels=4.0),
-    positive=["tau"],
-)
 
 
 def _ilif(node: Any) -> Mapping[str, Any]:
@@ -179,7 +148,7 @@ NODES = {
         lambda node: neurons.IZHIKEVICH,
         _attributes("tau", "v_c", "a0", "v_rest", "tau_w", "a", "b"),
     ),
-    "CUBALIFNode": Row(lambda node: _CUBALIF, _attributes("c_decay", "v_decay")),
+    "CUBALIFNode": Row(lambda node: neurons.CUBA_LIF, _attributes("c_decay", "v_decay")),
     "RAFNode": Row(lambda node: _RAF, _rotation),
     "KLIFNode": Row(
         lambda node: _klif(node.decay_input, node.scale_reset, node.v_reset is None),
@@ -193,7 +162,7 @@ NODES = {
         _attributes("tau"),
     ),
     "ComplementaryLIFNode": Row(_clif, _attributes("tau"), _clif_surrogate),
-    "ILIFNode": Row(lambda node: _ILIF, _ilif, lambda node: StraightThrough),
+    "ILIFNode": Row(lambda node: neurons.ILIF, _ilif, lambda node: StraightThrough),
 }
 
 # a class or an instance that has one of these of its own has dynamics of its own
@@ -358,13 +327,14 @@ class Adopted:
     _neuronjit_origin: type
     _memories: dict[str, Any]
 
-    def functional_forward(self, x: Any, state: Any = None, **kwargs: Any) -> Any:
+    def functional_forward(self, x: Any, state: Any = None, *inputs: Any, **kwargs: Any) -> Any:
         """As the layer's own; as SpikingJelly's, tuples to tuples, where x is a tuple."""
         run = super().functional_forward  # type: ignore[misc]
         if not isinstance(x, tuple):
-            return run(x, state, **kwargs)
+            return run(x, state, *inputs, **kwargs)
         given = zip(self._memories, state, strict=True)
-        spikes, last = run(*x, {name: value for name, value in given if value is not None})
+        start = {name: value for name, value in given if value is not None}
+        spikes, last = run(x[0], start, *x[1:])
         return (spikes,), tuple(last[name] for name in self._memories)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
