@@ -88,9 +88,9 @@ def prove(
     args, kwargs = _arguments(sample)
     before, after = _copy(model), _copy(model)
     swap(after, paths)
-    with _random_state(model):
+    with _random_state(model), _exactly():
         theirs = _guarded(before, paths, args, kwargs, "the model")
-    with _random_state(model):
+    with _random_state(model), _exactly():
         ours = _guarded(after, paths, args, kwargs, "the accelerated model")
     dtypes = {*theirs.dtypes, *(out.dtype for out in theirs.outputs)}
     tolerance = max([_EXACT, *(_TOLERANCE.get(dtype, 0.0) for dtype in dtypes)])
@@ -157,6 +157,23 @@ def _random_state(model: Module) -> Iterator[None]:
             random.setstate(python)
             if numpy is not None:
                 numpy.random.set_state(state)
+
+
+@contextmanager
+def _exactly() -> Iterator[None]:
+    """Convolutions and products in whole float32 and in one order: neurons are compared, not they.
+
+    In TF32 a gradient's last bit decides how 13 more are rounded.
+    """
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    flags = dict(benchmark=False, deterministic=True, allow_tf32=False)
+    before = products.allow_tf32
+    with cudnn.flags(enabled=cudnn.enabled, **flags):
+        products.allow_tf32 = False
+        try:
+            yield
+        finally:
+            products.allow_tf32 = before
 
 
 # --- one step, recorded ---------------------------------------------------------------------------
