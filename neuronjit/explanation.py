@@ -253,6 +253,9 @@ def _backward(
             yield Equation(total, add(parts))
             for read, slope in slopes_of[statement.target]:
                 arrive(read, multiply(total, slope))
+            if statement.expression.op == "add_grad":
+                of, extra = statement.expression.args
+                arrive(str(of.value), extra)
     for source in (*inputs, *steps.final):
         yield Equation(_gradient(source), add(terms.get(source, [])))
     for p in params:

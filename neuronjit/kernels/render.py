@@ -153,6 +153,8 @@ def _own(prefix: str, target: str) -> str:
 def _evaluated(spec: KernelSpec, statement: Statement) -> _Line:
     """A statement of the step, with the values that eager PyTorch gives."""
     expression = statement.expression
+    if expression.op == "add_grad":
+        return _let(statement.target, expression.args[0])
     if expression.op != "fire":
         return _let(statement.target, exact_divisions(expression, spec.divisors))
     if spec.spiking:
@@ -272,6 +274,11 @@ def _adjoint(spec: KernelSpec) -> dict[str, Any]:
             lines.append(_let(fired, guarded(multiply(total, slope), slope, by)))
             arrive(str(h.value), name(fired), by)
             arrive(str(theta.value), negate(name(fired)), by)
+            continue
+        if statement.expression.op == "add_grad":
+            of, extra = statement.expression.args
+            arrive(str(of.value), total, by)
+            arrive(str(of.value), guarded(extra, extra, by), by)
             continue
         for read, slope in slopes(statement.expression):
             part = multiply(total, slope)

@@ -54,6 +54,29 @@ class _StraightThrough(torch.autograd.Function):
         return tangent.clone()
 
 
+class _AddGrad(torch.autograd.Function):
+    """Identity forward; backward adds a number to the gradient that arrives."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: torch.Tensor, extra: torch.Tensor) -> Any:
+        return a.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> tuple[Any, None]:
+        (extra,) = ctx.saved_tensors
+        return grad + extra, None
+
+
+def _add_grad(a: torch.Tensor, extra: torch.Tensor) -> Any:
+    return _AddGrad.apply(*torch.broadcast_tensors(a, extra.detach()))  # type: ignore[no-untyped-call]
+
+
 def _straight_through(function: Callable[..., Any], library: bool = False) -> Operation:
     def straight(a: torch.Tensor) -> Any:
         return _StraightThrough.apply(a, function)  # type: ignore[no-untyped-call]
@@ -151,6 +174,8 @@ FUNCTIONS = {
     "fire": Operation(
         2, torch.ge, finite=True
     ),  # its slope is the surrogate's: see models/block.py
+    # its slopes are no products: see kernels/render.py
+    "add_grad": Operation(2, _add_grad, lambda n, a, b: (ONE, ZERO), finite=True),
     "detach": Operation(1, torch.Tensor.detach, finite=True),
 }
 OPERATIONS = OPERATORS | FUNCTIONS

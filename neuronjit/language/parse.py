@@ -325,8 +325,8 @@ def _convert(
                 if len(args) != FUNCTIONS[f].arity:
                     reason = f"{f}() takes {FUNCTIONS[f].arity} arguments, got {len(args)}"
                     raise refused(node, reason)
-                if f == "fire" and part is None:
-                    raise refused(node, "fire() stands in the equations of a model only")
+                if f in ("fire", "add_grad") and part is None:
+                    raise refused(node, f"{f}() stands in the equations of a model only")
                 where = f == "where"
                 trees = [convert(a, deeper, where and i == 0) for i, a in enumerate(args)]
                 if written := FUNCTIONS[f].written:

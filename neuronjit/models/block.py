@@ -15,7 +15,7 @@ from .model import NeuronModel
 class Program:
     """A model with its reset, each name assigned once: to print, evaluate and differentiate."""
 
-    statements: tuple[Statement, ...]  # fire(a, b) is a statement of its own, a and b are names
+    statements: tuple[Statement, ...]  # what is in APART is a statement of its own, of names
     final: Mapping[str, str]  # state -> the name that holds it after the step
     held: Mapping[str, str]  # what the block assigns, and each state -> the name that holds it last
     spikes: str  # the name of what comes out
@@ -27,6 +27,7 @@ RESETS = {
     "hard": "v = h * (1 - s) + v_reset * s",
     "soft": "v = h - s * theta",
 }
+APART = ("fire", "add_grad")  # their gradients are no products of slopes
 _THRESHOLD = Statement("theta", name("v_threshold"), 0)
 _SPIKE = Statement("s", Node("fire", (name("h"), name("theta"))), 0)
 _CUT = {"s": Node("detach", (name("s"),))}
@@ -65,22 +66,22 @@ def _written_out(model: NeuronModel, reset: str, detach_reset: bool) -> list[Sta
 
 
 def _fires_apart(block: Iterable[Statement]) -> list[Statement]:
-    """The same block with each fire(a, b) as a statement of its own, of which a and b are names."""
+    """The same block with each fire(a, b) as a statement of its own, in which a and b are names."""
     found: list[Statement] = []
 
     def named(tree: Node, line: int) -> Node:
         if tree.op != "name":
-            found.append(Statement(f"fire_{len(found)}_", tree, line))
+            found.append(Statement(f"part_{len(found)}_", tree, line))
             tree = name(found[-1].target)
         return tree
 
     def apart(tree: Node, line: int) -> Node:
-        """The tree, in which fire() can only be the outermost operation."""
+        """The tree, in which those of APART can only be the outermost operation."""
         args = [apart(arg, line) for arg in tree.args]
-        inner = tree.op == "fire"
+        inner = tree.op in APART
         return Node(
             tree.op,
-            tuple(named(arg, line) if inner or arg.op == "fire" else arg for arg in args),
+            tuple(named(arg, line) if inner or arg.op in APART else arg for arg in args),
             tree.value,
         )
 

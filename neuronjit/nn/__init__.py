@@ -27,12 +27,13 @@ from torch.nn import Parameter
 from .. import neurons
 from ..errors import SpecError
 from ..models.model import NeuronModel
+from .fuse import EachStep, NormedNeuron, fuse, unfuse
 from .neuron import ATAN, SIGMOID, Neuron, Number, shorten
 
 __all__ = [
-    "EIF", "IF", "LIF", "PLIF", "QIF", "EIFNode", "Flatten", "IFNode", "Izhikevich",
-    "IzhikevichNode", "LIFNode", "Neuron", "ParametricLIFNode", "QIFNode", "detach_net",
-    "reset_net",
+    "EIF", "IF", "LIF", "PLIF", "QIF", "EIFNode", "EachStep", "Flatten", "IFNode", "Izhikevich",
+    "IzhikevichNode", "LIFNode", "Neuron", "NormedNeuron", "ParametricLIFNode", "QIFNode",
+    "detach_net", "fuse", "reset_net", "unfuse",
 ]  # fmt: skip
 
 

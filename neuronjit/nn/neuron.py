@@ -110,6 +110,7 @@ class Neuron(torch.nn.Module):
         self._memories: dict[str, Any] = dict.fromkeys(self.model.state)  # None: not yet run
         self._held: dict[str, Tensor] = {}  # the state where CUDA graphs read and write it
         self._reset_in_capture = False
+        self._norm: Any = None  # the batch norm before it, which runs in its kernels: see fuse.py
 
     # --- parameters ----------------------------------------------------------------------------
 
@@ -194,9 +195,13 @@ class Neuron(torch.nn.Module):
         state: Mapping[str, Any],
         record: tuple[str, ...],
     ) -> Output:
-        if len(inputs) != len(self.model.inputs) - 1:
+        names = self.model.inputs[1:]
+        run: Callable[..., Output] = multistep
+        if self._norm is not None:
+            names, run = (*names, *self._norm.inputs), self._norm.multistep
+        if len(inputs) != len(names):
             raise SpecError(
-                f"{self._label()} has the inputs {', '.join(self.model.inputs)}; got"
+                f"{self._label()} has the inputs {', '.join(('x', *names))}; got"
                 f" {1 + len(inputs)} of them"
             )
         if self.step_mode == "s" and isinstance(x, Tensor):
@@ -216,8 +221,8 @@ class Neuron(torch.nn.Module):
                     value = self._per_channel(value, x) if self.channels is not None else value
                     value = value.expand(x.shape[1:])
                 start[name] = value
-        params.update(zip(self.model.inputs[1:], inputs, strict=True))
-        return multistep(
+        params.update(zip(names, inputs, strict=True))
+        return run(
             self.model, x, start, surrogate=self.surrogate_function, reset=self.reset_mode,
             detach_reset=self.detach_reset, record=record, backend=self.backend, **params,
         )  # fmt: skip

@@ -1,0 +1,173 @@
+"""Batch norm and neuron as one layer, and the fold of time into the batch before them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import InputTypeError, SpecError
+from ..models.model import NeuronModel
+from ..run.call import Output
+from ..run.normed import multistep_normed, statistics
+from .neuron import Neuron
+
+
+class EachStep(torch.nn.Sequential):
+    """Layers that know no time: `[T, N, *]` goes through them as `[T * N, *]`, and comes out again.
+
+    `EachStep(Conv2d(...), BatchNorm2d(...))`; statistics are those of all steps together.
+    """
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        """`[T, N, *]` to `[T, N, *]`."""
+        if not isinstance(x_seq, Tensor) or x_seq.dim() < 3:
+            given = list(x_seq.shape) if isinstance(x_seq, Tensor) else type(x_seq).__name__
+            raise SpecError(f"EachStep takes sequences [T, N, C, *], got {given}")
+        out: Tensor = super().forward(x_seq.flatten(0, 1))  # type: ignore[no-untyped-call]
+        return out.unflatten(0, x_seq.shape[:2])
+
+
+class NormedNeuron(Module):
+    """A batch norm, a neuron, and perhaps a residual: one kernel each way, exact.
+
+    In training the statistics are those of all time steps and samples, in one pass; backward
+    recomputes, so nothing is kept but x. Parameters and buffers stay those of the two modules.
+
+    Args:
+        norm: a torch.nn.BatchNorm1d, 2d or 3d (SpikingJelly's too), in training or evaluation.
+        neuron: a layer of this module, for whole sequences.
+        residual: what is added: "before", `neuron(norm(x) + skip)` (as MS-ResNet does), "after",
+            `neuron(norm(x)) + skip` (as SEW-ResNet does), or None.
+
+    Raises:
+        SpecError, InputTypeError: another kind of norm or neuron.
+    """
+
+    def __init__(self, norm: Module, neuron: Neuron, residual: str | None = None) -> None:
+        super().__init__()
+        self.norm, self.neuron = norm, neuron
+        neuron._norm = Norm(norm, neuron, residual)
+
+    def forward(self, x_seq: Tensor, *skip: Tensor) -> Tensor:
+        """`[T, N, C, *]` to spikes of that shape; `skip`, where there is a residual, is alike."""
+        return self.neuron(x_seq, *skip)  # type: ignore[no-any-return]
+
+
+class Norm:
+    """What a neuron that was fused knows of the batch norm before it."""
+
+    def __init__(self, norm: Module, neuron: Module, residual: str | None = None) -> None:
+        if why := _why_not(norm, neuron):
+            raise SpecError(f"cannot be fused: {why}")
+        if residual not in (None, "before", "after"):
+            raise SpecError(
+                f"unknown residual {ascii(residual)[:80]}. Known: None, 'before', 'after'"
+            )
+        self.norm: Any = norm
+        self.residual = residual
+        self.inputs = () if residual is None else ("skip",)
+
+    def multistep(self, model: NeuronModel, x: Tensor, state: Any, **given: Any) -> Output:
+        """As `neuronjit.multistep`, of the normalised x."""
+        names = ("surrogate", "reset", "detach_reset", "record", "backend")
+        options = {name: given.pop(name) for name in names}
+        mean, invstd, eps = self._statistics(x)
+        return multistep_normed(
+            model, x, state, mean=mean, invstd=invstd, weight=self.norm.weight,
+            bias=self.norm.bias, eps=eps, skip=given.pop("skip", None), residual=self.residual,
+            params=given, **options,
+        )  # fmt: skip
+
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, float | None]:
+        """As torch.nn.BatchNorm's forward: what normalises x; running statistics are brought on."""
+        norm = self.norm
+        if x.dim() < 3 or x.shape[2] != norm.num_features:
+            raise SpecError(
+                f"the batch norm has {norm.num_features} features, so x_seq must be"
+                f" [T, N, {norm.num_features}, *], got {list(x.shape)}"
+            )
+        if not norm.training and norm.running_mean is not None:
+            return norm.running_mean, torch.rsqrt(norm.running_var + norm.eps), None
+        count = x.numel() // norm.num_features
+        if count < 2:
+            raise SpecError(
+                f"a batch norm in training needs more than one value a channel, got {list(x.shape)}"
+            )
+        with torch.no_grad():
+            mean, var, invstd = statistics(x, norm.eps)
+            if norm.training and norm.running_mean is not None:
+                norm.num_batches_tracked.add_(1)
+                part = norm.momentum
+                if part is None:
+                    part = 1.0 / float(norm.num_batches_tracked)
+                norm.running_mean.lerp_(mean.to(norm.running_mean), part)
+                unbiased = var * (count / (count - 1))
+                norm.running_var.lerp_(unbiased.to(norm.running_var), part)
+        return mean, invstd, norm.eps
+
+
+def fuse(net: Module) -> int:
+    """Run each batch norm of `net` that a neuron follows in that neuron's kernels; how many.
+
+    Where they follow each other is read off torch.nn.Sequential, and where the norm is the last
+    of an `EachStep` (or SpikingJelly's SeqToANNContainer) before the neuron. Parameters, buffers
+    and the keys of `state_dict` stay; `unfuse` undoes it. For blocks with a forward of their own,
+    and residuals, there is `NormedNeuron`.
+    """
+    pairs = [pair for pair in _pairs(net) if not _why_not(*pair)]
+    for norm, neuron in pairs:
+        neuron._norm = Norm(norm, neuron)
+        norm.forward = _as_it_is
+    return len(pairs)
+
+
+def unfuse(net: Module) -> int:
+    """Undo `fuse`; how many were undone."""
+    undone = 0
+    for neuron in (module for module in net.modules() if isinstance(module, Neuron)):
+        if neuron._norm and vars(neuron._norm.norm).pop("forward", None) is not None:
+            neuron._norm = None
+            undone += 1
+    return undone
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    """The forward of a norm that a neuron's kernels do."""
+    return x
+
+
+def _pairs(net: Module) -> Iterator[tuple[Any, Any]]:
+    """Batch norms and neurons that follow each other."""
+    for container in net.modules():
+        if isinstance(container, torch.nn.Sequential) and not _folds(container):
+            for first, second in itertools.pairwise(container):
+                folded = list(first.children()) if _folds(first) else [first]
+                yield (folded or [first])[-1], second
+
+
+def _folds(module: Module) -> bool:
+    """Whether a container folds time into the batch."""
+    return isinstance(module, EachStep) or type(module).__name__ == "SeqToANNContainer"
+
+
+def _why_not(norm: Module, neuron: Module) -> str:
+    """Why the two cannot be one; "" if they can."""
+    if not isinstance(norm, Module) or not isinstance(neuron, Module):
+        raise InputTypeError("a batch norm and a neuron are modules")
+    if not isinstance(norm, _BatchNorm) or isinstance(norm, torch.nn.SyncBatchNorm):
+        return f"{type(norm).__name__} is no BatchNorm1d, 2d or 3d of one process"
+    if isinstance(norm, torch.nn.modules.lazy.LazyModuleMixin) and norm.has_uninitialized_params():
+        return f"{type(norm).__name__} has not seen an input yet"
+    if not isinstance(neuron, Neuron):
+        return f"{type(neuron).__name__} is no layer of neuronjit.nn"
+    if neuron.step_mode != "m":
+        return "the neuron takes single steps (step_mode='s')"
+    if len(neuron.model.inputs) > 1:
+        return f"model '{neuron.model.name}' has several inputs"
+    return "" if neuron._norm is None else "the neuron is fused already"
