@@ -29,8 +29,9 @@ class EachStep(torch.nn.Sequential):
         if not isinstance(x_seq, Tensor) or x_seq.dim() < 3:
             given = list(x_seq.shape) if isinstance(x_seq, Tensor) else type(x_seq).__name__
             raise SpecError(f"EachStep takes sequences [T, N, C, *], got {given}")
-        out: Tensor = super().forward(x_seq.flatten(0, 1))  # type: ignore[no-untyped-call]
-        return out.unflatten(0, x_seq.shape[:2])
+        folded: Tensor = super().forward(x_seq.flatten(0, 1))  # type: ignore[no-untyped-call]
+        steps: Tensor = folded.unflatten(0, x_seq.shape[:2])
+        return steps
 
 
 class NormedNeuron(Module):
