@@ -248,14 +248,14 @@ def _backward(
         last = steps.held[recorded]
         arrive(shown.get(last, last), _gradient(f"out.record.{recorded}"))
     for statement in reversed([*step]):
+        if statement.expression.op == "add_grad":
+            of, extra = statement.expression.args
+            arrive(str(of.value), extra)
         if parts := terms.pop(statement.target, []):
             total = _gradient(statement.target)
             yield Equation(total, add(parts))
             for read, slope in slopes_of[statement.target]:
                 arrive(read, multiply(total, slope))
-            if statement.expression.op == "add_grad":
-                of, extra = statement.expression.args
-                arrive(str(of.value), extra)
     for source in (*inputs, *steps.final):
         yield Equation(_gradient(source), add(terms.get(source, [])))
     for p in params:

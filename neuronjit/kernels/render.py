@@ -262,6 +262,9 @@ def _adjoint(spec: KernelSpec) -> dict[str, Any]:
             arrive(target, name(f"given_{given}_"), {ALWAYS})
     for statement, gate in reversed(statements):
         parts = terms.pop(statement.target, [])
+        if statement.expression.op == "add_grad":  # at every step, whatever arrives
+            of, extra = statement.expression.args
+            arrive(str(of.value), extra, {ALWAYS})
         if not parts:
             continue
         total, by = add(parts), exists.pop(statement.target)
@@ -274,11 +277,6 @@ def _adjoint(spec: KernelSpec) -> dict[str, Any]:
             lines.append(_let(fired, guarded(multiply(total, slope), slope, by)))
             arrive(str(h.value), name(fired), by)
             arrive(str(theta.value), negate(name(fired)), by)
-            continue
-        if statement.expression.op == "add_grad":
-            of, extra = statement.expression.args
-            arrive(str(of.value), total, by)
-            arrive(str(of.value), guarded(extra, extra, by), by)
             continue
         for read, slope in slopes(statement.expression):
             part = multiply(total, slope)

@@ -27,7 +27,7 @@ from torch.nn import Parameter
 from .. import neurons
 from ..errors import SpecError
 from ..models.model import NeuronModel
-from .fuse import EachStep, NormedNeuron, fuse, unfuse
+from .batch_norm import EachStep, NormedNeuron, fuse, unfuse
 from .neuron import ATAN, SIGMOID, Neuron, Number, shorten
 
 __all__ = [

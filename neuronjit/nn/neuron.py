@@ -110,7 +110,7 @@ class Neuron(torch.nn.Module):
         self._memories: dict[str, Any] = dict.fromkeys(self.model.state)  # None: not yet run
         self._held: dict[str, Tensor] = {}  # the state where CUDA graphs read and write it
         self._reset_in_capture = False
-        self._norm: Any = None  # the batch norm before it, which runs in its kernels: see fuse.py
+        self._norm: Any = None  # the batch norm before it, which its kernels do: see batch_norm.py
 
     # --- parameters ----------------------------------------------------------------------------
 

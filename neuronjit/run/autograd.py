@@ -94,6 +94,28 @@ def multistep(
         state = as_state(state)
     if backend is None:
         backend = settings.backend()
+    asked = (
+        model, x_seq, state, surrogate, reset, detach_reset, record, final_state, backend, params,
+    )  # fmt: skip
+    plan, tensors = find(*asked)
+    if plan is None:  # FakeTensor and its like: shapes without numbers
+        return _in_a_graph(*asked)
+    return run(plan, x_seq, tensors)
+
+
+def find(
+    model: NeuronModel,
+    x_seq: Tensor,
+    state: dict[str, Any],
+    surrogate: Surrogate,
+    reset: str,
+    detach_reset: bool,
+    record: tuple[Any, ...],
+    final_state: bool,
+    backend: str,
+    params: dict[str, Any],
+) -> tuple[Any, Sequence[Tensor]]:
+    """The plan of a call and its tensors; the plan is None for tensors without numbers."""
     tensors: list[Tensor] = []
     key: tuple[Any, ...]
     try:
@@ -108,22 +130,20 @@ def multistep(
         RuntimeError,
     ):  # `settle` says what is wrong
         key, plan = (), None
-    if plan is None:
-        asked = (
-            model, x_seq, state, surrogate, reset, detach_reset, record, final_state, backend,
-            params,
-        )  # fmt: skip
-        if checks.is_traced(x_seq, *tensors):  # FakeTensor and its like: shapes without numbers
-            return _in_a_graph(*asked)
-        if tracing():
-            raise BackendError("torch.jit.trace sees no kernel; use torch.export or torch.compile")
-        call, values = settle(*asked)
-        tensors = tensors_of(values)
-        own = key_of(call, x_seq, values)
-        plan = plans.get(own) or keep(own, plan_for(call, x_seq, values))
-        if key:
-            keep(key, plan)
-    return run(plan, x_seq, tensors)
+    if plan is not None:
+        return plan, tensors
+    if checks.is_traced(x_seq, *tensors):
+        return None, tensors
+    if tracing():
+        raise BackendError("torch.jit.trace sees no kernel; use torch.export or torch.compile")
+    call, values = settle(
+        model, x_seq, state, surrogate, reset, detach_reset, record, final_state, backend, params
+    )
+    own = key_of(call, x_seq, values)
+    plan = plans.get(own) or keep(own, plan_for(call, x_seq, values))
+    if key:
+        keep(key, plan)
+    return plan, tensors_of(values)
 
 
 def run(plan: KernelPlan | EagerPlan, x: Tensor, tensors: Sequence[Tensor]) -> Output:

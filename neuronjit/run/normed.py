@@ -18,20 +18,52 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from .. import settings
 from ..errors import BackendError, CompileError, SpecError, known
 from ..language.parse import plain
 from ..models.model import NeuronModel
+from ..surrogates import StraightThrough
 from ..torch_private import direct_apply, has_tangents, tracing, transformed
 from . import checks
-from .autograd import multistep
-from .call import Output, key_of, settle, tensors_of
-from .plan import KernelPlan, fall_back, keep, once, output, plan_for, plans
+from .autograd import find, multistep
+from .call import Output
+from .plan import KernelPlan, fall_back, once, output
 
 RESIDUALS = (None, "before", "after")
-_BATCH = ("norm_gain", "norm_bias", "norm_push", "norm_pull")
-_NORMED = (
-    "norm_x = (add_grad(x, norm_push + norm_pull * (x - norm_mean)) - norm_mean) * norm_gain"
-    " + norm_bias"
+_NORMED = """
+norm_scale = norm_invstd * norm_weight
+norm_through = norm_sum + (x - norm_mean) * norm_invstd * norm_sum_scaled
+norm_x = (add_grad(x, norm_through * norm_scale * norm_share) - norm_mean) * norm_scale + norm_bias
+"""
+_CHANNELS = ("norm_mean", "norm_invstd", "norm_weight", "norm_bias", "norm_sum", "norm_sum_scaled")
+_MOMENTS = NeuronModel(
+    "moments",
+    """
+    a = add_grad(first, x - shift)
+    b = add_grad(second, (x - shift)**2)
+    h = v
+    v = h
+    """,
+    state=dict(v=0.0),
+    params=dict(shift=0.0, first=0.0, second=0.0),
+    about="Its gradients by first and second are the sums over x - shift and its square.",
+)
+_UPDATE = NeuronModel(
+    "batch_norm_update",
+    """
+    offset = x * share
+    mean = shift + offset
+    var = maximum(second * share - offset * offset, 0)
+    invstd = 1 / sqrt(var + eps)
+    new_mean = old_mean + (mean - old_mean) * momentum
+    new_var = old_var + (var * unbiased - old_var) * momentum
+    h = v
+    v = h
+    """,
+    state=dict(v=0.0),
+    params=dict(share=1.0, eps=1e-5, unbiased=1.0, momentum=0.1),
+    inputs=("x", "second", "shift", "old_mean", "old_var"),
+    about="What a batch norm makes of the sums over each channel, a neuron a channel.",
 )
 
 
@@ -44,7 +76,7 @@ def normed(model: NeuronModel, residual: str | None) -> NeuronModel:
     if len(model.inputs) > 1:
         raise SpecError(f"model '{model.name}' has several inputs, and a batch norm has one")
     block = re.sub(r"\bx\b", "norm_x", "\n".join(plain(model.equations)))
-    lines = [_NORMED + (" + skip" if residual == "before" else ""), block]
+    lines = [_NORMED.strip() + (" + skip" if residual == "before" else ""), block]
     if residual == "after":
         out = "y" if any(s.target == "y" for s in model.statements) else "s"
         lines.append(f"y = {out} + skip")
@@ -52,27 +84,62 @@ def normed(model: NeuronModel, residual: str | None) -> NeuronModel:
         f"{model.name}_normed{f'_skip_{residual}' if residual else ''}",
         "\n".join(lines),
         state=model.state,
-        params={
-            **model.params, "norm_mean": 0.0, "norm_gain": 1.0, "norm_bias": 0.0,
-            "norm_push": 0.0, "norm_pull": 0.0,
-        },
+        params={**model.params, **dict.fromkeys(_CHANNELS, 0.0), "norm_share": 0.0},
         inputs=("x", "skip") if residual else ("x",),
         strict=model.strict,
         positive=model.positive,
-    )  # fmt: skip
+    )
 
 
-def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and 1 / sqrt(variance + eps) of each channel of `[T, N, C, *]`."""
+def batch_statistics(
+    x: Tensor, eps: float, running: tuple[Tensor, Tensor] | None, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps) of each channel of `[T, N, C, *]`.
+
+    The running mean and (unbiased) variance, where there are any, are brought on in place.
+    """
     flat = x.detach().flatten(0, 1)
-    if x.is_cuda and not is_compiling():  # one pass in either layout; var_mean takes 3 to 18
-        mean, invstd = torch.batch_norm_stats(flat, eps)
-        return mean, invstd.square().reciprocal() - eps, invstd
+    count = flat.numel() // flat.shape[1]
+    unbiased = count / max(count - 1, 1)
+    if x.is_cuda and not is_compiling():  # one pass, where var_mean takes 3 to 18
+        first, second, shift = _sums(flat)
+        old_mean, old_var = running or (shift, second)
+        out = multistep(
+            _UPDATE, first, second=second, shift=shift, old_mean=old_mean, old_var=old_var,
+            share=1 / count, eps=eps, unbiased=unbiased, momentum=momentum, final_state=False,
+            record=("mean", "invstd", "new_mean", "new_var"),
+        ).record  # fmt: skip
+        mean, invstd = out["mean"][0], out["invstd"][0]
+        if running is not None:
+            torch._foreach_copy_(list(running), [out["new_mean"][0], out["new_var"][0]])
+        return mean, invstd
     mean, var = _moments(flat)
-    return mean, var, torch.rsqrt(var + eps)
+    if running is not None:
+        running[0].lerp_(mean.to(running[0]), momentum)
+        running[1].lerp_((var * unbiased).to(running[1]), momentum)
+    return mean, torch.rsqrt(var + eps)
+
+
+def _sums(flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each channel, `[1, C]`: the sums of x - shift and of its square; and shift, one of its x."""
+    channels = flat.shape[1]
+    steps = next(n for n in (4, 2, 1) if not flat.shape[0] % n)  # read together by a thread
+    x = flat.unflatten(0, (steps, -1))
+    real = checks.arithmetic(x.dtype)
+    shift = flat[0].reshape(channels, -1)[:, 0].to(real).contiguous()
+    own = shift.reshape(-1, *(1 for _ in flat.shape[2:]))
+    asked = dict(shift=own, first=own, second=own)  # the last two are not read
+    plan, tensors = find(
+        _MOMENTS, x, {}, StraightThrough, "hard", False, (), True, "auto", asked
+    )  # fmt: skip
+    _, _, first, second = plan.backward(x, None, tensors, (None, None), (False, False, True, True))
+    if first is None or second is None:
+        raise BackendError("a batch norm's sums need kernels, and there are none")
+    return first.reshape(1, channels), second.reshape(1, channels), shift.reshape(1, channels)
 
 
 def _moments(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel."""
     over = (0, *range(2, flat.dim()))
     var, mean = torch.var_mean(flat.to(checks.arithmetic(flat.dtype)), over, correction=0)
     return mean, var
@@ -114,48 +181,46 @@ def multistep_normed(
         raise SpecError(f"residual={residual!r}, but skip is {'missing' if residual else 'given'}")
     own = normed(model, residual)
     sizes = (-1, *(1 for _ in x.shape[3:]))
-    gain = invstd if weight is None else invstd * weight.to(invstd.dtype)
+    ones = torch.ones_like(mean) if weight is None else weight
     offset = torch.zeros_like(mean) if bias is None else bias
-    by_channel = dict(
-        norm_mean=mean.reshape(sizes), norm_gain=gain.reshape(sizes),
-        norm_bias=offset.reshape(sizes),
-    )  # fmt: skip
-    given = {**params, **by_channel, **({} if skip is None else {"skip": skip})}
+    channels = (mean, invstd, ones, offset, offset, offset)  # the sums are known in backward
+    named = {n: t.reshape(sizes) for n, t in zip(_CHANNELS, channels, strict=True)}
+    given = {**params, **named, **({} if skip is None else {"skip": skip})}
     asked: dict[str, Any] = dict(
         surrogate=surrogate, reset=reset, detach_reset=detach_reset, record=record, backend=backend
     )
-    wants = torch.is_grad_enabled() and x.requires_grad
-    if eps is None or not wants:
+    if eps is None or not (torch.is_grad_enabled() and x.requires_grad):
         return multistep(own, x, state, **asked, **given)
-
-    def followed() -> Output:
-        """The statistics by autograd."""
-        mean, var = _moments(x.flatten(0, 1))
-        gain = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
-        own_gain = dict(norm_mean=mean.reshape(sizes), norm_gain=gain.reshape(sizes))
-        return multistep(own, x, state, **asked, **{**given, **own_gain})
-
     if is_compiling():
-        return followed()
-    none = torch.zeros_like(by_channel["norm_mean"])
-    call, values = settle(
-        own, x, state, surrogate, reset, detach_reset, record, True, backend,
-        {**given, "norm_push": none, "norm_pull": none},
+        return _followed(own, x, state, eps, asked, given)
+    share = -x.shape[2] / x.numel() if x.numel() else 0.0
+    plan, tensors = find(
+        own, x, {} if state is None else dict(state), surrogate, reset, detach_reset,
+        tuple(record), True, backend or settings.backend(), {**given, "norm_share": share},
     )  # fmt: skip
-    key = key_of(call, x, values)
-    plan = plans.get(key) or keep(key, plan_for(call, x, values))
     if isinstance(plan, KernelPlan):
         if tracing() or transformed():
             raise BackendError("a fused batch norm is no part of torch.jit.trace and torch.func")
-        tensors = tensors_of(values)
         if has_tangents():
             checks.check_no_tangents(x, *tensors)
         ready, prepared = plan.prepare(x, tensors)
         try:
-            return output(call, _apply(plan, invstd.reshape(sizes), residual, ready, *prepared))
+            return output(plan.call, _apply(plan, residual, ready, *prepared))
         except (BackendError, CompileError) as error:
             fall_back(plan, error)
-    return followed()
+    return _followed(own, x, state, eps, {**asked, "backend": "eager"}, given)
+
+
+def _followed(
+    own: NeuronModel, x: Tensor, state: Any, eps: float, asked: dict[str, Any], given: Any
+) -> Output:
+    """The same, where autograd follows the statistics back to x."""
+    mean, var = _moments(x.flatten(0, 1))
+    sizes = given["norm_mean"].shape
+    own_stats = dict(
+        norm_mean=mean.reshape(sizes), norm_invstd=torch.rsqrt(var + eps).reshape(sizes)
+    )
+    return multistep(own, x, state, **asked, **{**given, **own_stats})
 
 
 class _Normed(torch.autograd.Function):
@@ -163,55 +228,42 @@ class _Normed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        plan: KernelPlan,
-        invstd: Tensor,
-        residual: str | None,
-        x: Tensor,
-        *tensors: Tensor,
+        ctx: Any, plan: KernelPlan, residual: str | None, x: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         outputs, checkpoints = plan.forward(x, tensors, save=True)
         ctx.plan, ctx.residual = plan, residual
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, checkpoints, invstd, *tensors)
+        ctx.save_for_backward(x, checkpoints, *tensors)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, checkpoints, invstd, *tensors = ctx.saved_tensors
+        x, checkpoints, *tensors = ctx.saved_tensors
         plan: KernelPlan = ctx.plan
-        _, _, _, of_x, *wanted = ctx.needs_input_grad
+        _, _, of_x, *wanted = ctx.needs_input_grad
         if all(grad is None for grad in grads):
-            return (None,) * (4 + len(wanted))
-        place = {name: plan.given.index(name) for name in _BATCH}
-        after = plan.given.index("skip") if ctx.residual == "after" else None
+            return (None,) * (3 + len(wanted))
+        at = plan.given.index
+        weight, bias, sums, scaled = map(at, _CHANNELS[2:])
+        after = at("skip") if ctx.residual == "after" else None
         first = list(wanted)
-        for name in ("norm_gain", "norm_bias"):
-            first[place[name]] = of_x or wanted[place[name]]
-        for name in ("norm_push", "norm_pull"):
-            first[place[name]] = False
+        first[weight], first[bias] = of_x or wanted[weight], of_x or wanted[bias]
+        first[sums] = first[scaled] = False
         if after is not None:  # what arrives at the output, as it is
             first[after] = False
         _, *results = plan.backward(x, checkpoints, tensors, grads, (False, *first))
         x_grad = None
         if of_x:
-            count = x.numel() // invstd.numel()
-            gain, by_gain, by_bias = (
-                tensors[place["norm_gain"]], results[place["norm_gain"]],
-                results[place["norm_bias"]],
-            )  # fmt: skip
-            second = list(tensors)
-            second[place["norm_push"]] = by_bias * gain / -count
-            second[place["norm_pull"]] = by_gain * gain * invstd.square() / -count
+            second: list[Any] = list(tensors)
+            second[sums], second[scaled] = results[bias], results[weight]
             nothing = (False,) * len(tensors)
             x_grad = plan.backward(x, checkpoints, second, grads, (True, *nothing))[0]
         if after is not None and wanted[after]:
             results[after] = grads[0]
-        results = [r if want else None for r, want in zip(results, wanted, strict=True)]
-        given = [x_grad, *results]
+        given = [x_grad, *(r if want else None for r, want in zip(results, wanted, strict=True))]
         if torch.is_grad_enabled():
             given = once(given, [x, *(g for g in grads if g is not None), *tensors])
-        return (None, None, None, *given)
+        return (None, None, *given)
 
 
 _apply: Any = direct_apply(_Normed)

@@ -13,9 +13,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import InputTypeError, SpecError
 from ..models.model import NeuronModel
+from ..run.autograd import multistep
 from ..run.call import Output
-from ..run.normed import multistep_normed, statistics
+from ..run.normed import batch_statistics, multistep_normed
 from .neuron import Neuron
+
+# elements of x_seq: below, a GPU takes longer for the launches that a fused batch norm has more
+FUSED_FROM = 1 << 23
 
 
 class EachStep(torch.nn.Sequential):
@@ -76,6 +80,8 @@ class Norm:
 
     def multistep(self, model: NeuronModel, x: Tensor, state: Any, **given: Any) -> Output:
         """As `neuronjit.multistep`, of the normalised x."""
+        if x.is_cuda and x.numel() < FUSED_FROM:
+            return self._apart(model, x, state, given)
         names = ("surrogate", "reset", "detach_reset", "record", "backend")
         options = {name: given.pop(name) for name in names}
         mean, invstd, eps = self._statistics(x)
@@ -84,6 +90,16 @@ class Norm:
             bias=self.norm.bias, eps=eps, skip=given.pop("skip", None), residual=self.residual,
             params=given, **options,
         )  # fmt: skip
+
+    def _apart(self, model: NeuronModel, x: Tensor, state: Any, given: dict[str, Any]) -> Output:
+        """The batch norm, the neuron and the residual one after the other."""
+        skip = given.pop("skip", None)
+        forward = type(self.norm).forward  # of the class: fuse() has hidden it from the instance
+        x = forward(self.norm, x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        out = multistep(model, x + skip if self.residual == "before" else x, state, **given)
+        if self.residual != "after":
+            return out
+        return out._replace(spikes=out.spikes + skip)
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, float | None]:
         """As torch.nn.BatchNorm's forward: what normalises x; running statistics are brought on."""
@@ -100,16 +116,14 @@ class Norm:
             raise SpecError(
                 f"a batch norm in training needs more than one value a channel, got {list(x.shape)}"
             )
+        running, momentum = None, norm.momentum
         with torch.no_grad():
-            mean, var, invstd = statistics(x, norm.eps)
             if norm.training and norm.running_mean is not None:
                 norm.num_batches_tracked.add_(1)
-                part = norm.momentum
-                if part is None:
-                    part = 1.0 / float(norm.num_batches_tracked)
-                norm.running_mean.lerp_(mean.to(norm.running_mean), part)
-                unbiased = var * (count / (count - 1))
-                norm.running_var.lerp_(unbiased.to(norm.running_var), part)
+                running = norm.running_mean, norm.running_var
+                if momentum is None:
+                    momentum = 1.0 / float(norm.num_batches_tracked)
+            mean, invstd = batch_statistics(x, norm.eps, running, momentum or 0.0)
         return mean, invstd, norm.eps
 
 
