@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from .. import settings
 from ..errors import BackendError, CompileError, SpecError, known
@@ -101,7 +100,7 @@ def batch_statistics(
     flat = x.detach().flatten(0, 1)
     count = flat.numel() // flat.shape[1]
     unbiased = count / max(count - 1, 1)
-    if x.is_cuda and not is_compiling():  # one pass, where var_mean takes 3 to 18
+    if x.is_cuda and not checks.is_traced(x):  # one pass, where var_mean takes 3 to 18
         first, second, shift = _sums(flat)
         old_mean, old_var = running or (shift, second)
         out = multistep(
@@ -121,7 +120,7 @@ def batch_statistics(
 
 
 def _sums(flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each channel, `[1, C]`: the sums of x - shift and of its square; and shift, one of its x."""
+    """Of each channel, `[1, C]`: the sums of x - shift and of its square; and shift, an x."""
     channels = flat.shape[1]
     steps = next(n for n in (4, 2, 1) if not flat.shape[0] % n)  # read together by a thread
     x = flat.unflatten(0, (steps, -1))
@@ -191,8 +190,6 @@ def multistep_normed(
     )
     if eps is None or not (torch.is_grad_enabled() and x.requires_grad):
         return multistep(own, x, state, **asked, **given)
-    if is_compiling():
-        return _followed(own, x, state, eps, asked, given)
     share = -x.shape[2] / x.numel() if x.numel() else 0.0
     plan, tensors = find(
         own, x, {} if state is None else dict(state), surrogate, reset, detach_reset,

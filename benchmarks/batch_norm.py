@@ -1,0 +1,129 @@
+"""Batch norm and neuron (and residual), apart and in one kernel each way; a GPU is needed.
+
+Forward and backward of a training step, as one CUDA graph, in passes: the time in which half a
+device copy of x is made. 8 are the fewest with training statistics, 9 with a residual.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from warm_start import machine
+
+import neuronjit as nj
+from neuronjit.nn import batch_norm
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = ((4, 32, 64, 56, 56), (4, 64, 128, 32, 32), (4, 32, 128, 28, 28))  # [T, N, C, H, W]
+RESIDUALS = (None, "after", "before")
+
+
+def replayed(call: Callable[[], Any], repeats: int = 5, rounds: int = 9) -> float:
+    """Milliseconds of a call, captured, as the median of some rounds."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured, stream=torch.cuda.current_stream()):
+        kept = call()
+    times = []
+    for _ in range(rounds):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeats):
+            captured.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / repeats)
+    del kept
+    return statistics.median(times)
+
+
+def numbers(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> Tensor:
+    x = torch.randn(shape, device="cuda").to(dtype)
+    if last:
+        x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    return x.requires_grad_()
+
+
+def measure(shape: tuple[int, ...], dtype: torch.dtype, last: bool, residual: Any) -> dict:
+    x, skip = numbers(shape, dtype, last), numbers(shape, dtype, last)
+    weight = torch.randn_like(x)
+    norm = nn.BatchNorm2d(shape[2]).cuda()
+    fused = nj.nn.NormedNeuron(copy.deepcopy(norm), nj.nn.IF(), residual)
+    neuron = nj.nn.IF()
+
+    def apart() -> Any:
+        neuron.reset()
+        y = norm(x.flatten(0, 1)).unflatten(0, shape[:2])
+        out = neuron(y + skip if residual == "before" else y)
+        out = out + skip if residual == "after" else out
+        asked = [x, norm.weight, norm.bias, *([skip] if residual else [])]
+        return torch.autograd.grad(out, asked, weight)
+
+    def together() -> Any:
+        fused.neuron.reset()
+        out = fused(x, *([skip] if residual else []))
+        asked = [x, fused.norm.weight, fused.norm.bias, *([skip] if residual else [])]
+        return torch.autograd.grad(out, asked, weight)
+
+    errors = [
+        ((a - b).float().norm() / a.float().norm()).item()
+        for a, b in zip(apart(), together(), strict=True)
+    ]
+    target = torch.empty_like(x)
+    with torch.no_grad():
+        one = replayed(lambda: target.copy_(x)) / 2
+    took = {name: replayed(call) / one for name, call in (("apart", apart), ("fused", together))}
+    return dict(
+        shape=list(shape), dtype=str(dtype)[6:], layout="channels_last" if last else "NCHW",
+        residual=residual, pass_us=one * 1e3, error=max(errors), **took,
+    )  # fmt: skip
+
+
+def page(rows: list[dict], where: dict[str, Any]) -> str:
+    lines = ["# Batch norm and neuron: training step in passes over x", ""]
+    lines += [", ".join(f"{k} {v}" for k, v in where.items()), ""]
+    lines += ["| [T, N, C, H, W] | dtype, layout | residual | apart | fused | times | error |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    lines += [
+        f"| {row['shape']} | {row['dtype']} {row['layout']} | {row['residual'] or ''}"
+        f" | {row['apart']:.1f} | {row['fused']:.1f} | {row['apart'] / row['fused']:.2f}"
+        f" | {row['error']:.0e} |"
+        for row in rows
+    ]
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: this compares kernels of a GPU")
+    batch_norm._pays = lambda x: True  # measured where it does not pay, too
+    torch.cuda.set_stream(torch.cuda.Stream())
+    rows = [
+        measure(shape, dtype, last, residual)
+        for shape in SHAPES
+        for dtype in (torch.float32, torch.float16)
+        for last in (False, True)
+        for residual in RESIDUALS
+    ]
+    found = {"machine": machine("cuda"), "rows": rows}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "batch_norm.json").write_text(json.dumps(found, indent=1) + "\n")
+    (args.out / "batch_norm.md").write_text(page(rows, found["machine"]))
+    print(page(rows, found["machine"]))
+
+
+if __name__ == "__main__":
+    main()
