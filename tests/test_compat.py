@@ -25,6 +25,12 @@ from neuronjit.compat import functional, layer, neuron, surrogate
 
 DIALECTS = Path(__file__).parent / "dialects"
 
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 # an old version: no kernels without CuPy, and a module that fails on today's libraries
 OLD = {
     "__init__.py": "",
@@ -198,7 +204,6 @@ def test_a_script_as_it_is(around: str, reference: Callable[..., Tensor], device
     """Outputs bit for bit, gradients within 2e-5, a second batch after reset_net too."""
     neuronjit.compat.install()
     script = runpy.run_path(str(DIALECTS / f"{reference.__name__}.py"))
-    torch.manual_seed(0)
     net, x = script["build"]()
     net, x = net.to(device), x.to(device)
     plain = copy.deepcopy(net)
