@@ -1,6 +1,6 @@
 """The built-in models beside the seed's, which `neuronjit.neurons` has too: one entry each.
 
-Read when one of them is asked for, because 35 blocks of equations take a while to parse. Where an
+Read when one of them is asked for, because 40 blocks of equations take a while to parse. Where an
 entry names a peer's class, its equations are that class's, in the same order of operations
 (tests/test_zoo.py compares them); docs/neurons.md is the list to read. A model that assigns v has
 its own reset, others take the call's.
@@ -377,6 +377,64 @@ NIR_CUBA_LIF = NeuronModel(
     strict=True,
     about="NIR's CubaLIF in steps of dt seconds (forward Euler, the current first). Pedersen et al."
     " 2024, arXiv:2311.14641.",
+)
+NIR_CUBA_LI = NeuronModel(
+    "nir_cuba_li",
+    """
+    i = i + dt / tau_syn * (w_in * x - i)
+    h = v + dt / tau_mem * (v_leak - v + r * i)
+    v = h
+    y = v
+    """,
+    state=dict(v=0.0, i=0.0),
+    params=dict(tau_syn=0.005, tau_mem=0.01, r=1.0, v_leak=0.0, w_in=1.0, dt=0.001),
+    positive=["tau_syn", "tau_mem", "dt"],
+    about="NIR's CubaLI, a readout, in steps of dt seconds (forward Euler, the current first)."
+    " Pedersen et al. 2024, arXiv:2311.14641.",
+)
+NIR_IF = NeuronModel(
+    "nir_if",
+    "h = v + dt * r * x",
+    state=dict(v=0.0),
+    params=dict(r=1000.0, dt=0.001),
+    positive=["dt"],
+    strict=True,
+    about="NIR's IF in steps of dt seconds (forward Euler). Pedersen et al. 2024,"
+    " arXiv:2311.14641.",
+)
+NIR_LI = NeuronModel(
+    "nir_li",
+    """
+    h = v + dt / tau * (v_leak - v + r * x)
+    v = h
+    y = v
+    """,
+    state=dict(v=0.0),
+    params=dict(tau=0.01, r=1.0, v_leak=0.0, dt=0.001),
+    positive=["tau", "dt"],
+    about="NIR's LI, a readout, in steps of dt seconds (forward Euler). Pedersen et al. 2024,"
+    " arXiv:2311.14641.",
+)
+NIR_LIF = NeuronModel(
+    "nir_lif",
+    "h = v + dt / tau * (v_leak - v + r * x)",
+    state=dict(v=0.0),
+    params=dict(tau=0.01, r=1.0, v_leak=0.0, dt=0.001),
+    positive=["tau", "dt"],
+    strict=True,
+    about="NIR's LIF in steps of dt seconds (forward Euler); v_leak and v_reset are two. Pedersen"
+    " et al. 2024, arXiv:2311.14641.",
+)
+NIR_THRESHOLD = NeuronModel(
+    "nir_threshold",
+    """
+    h = x
+    v = h
+    """,
+    state=dict(v=0.0),
+    strict=True,
+    about="NIR's Threshold: fires where x is above it, and remembers nothing. Pedersen et al. 2024,"
+    " arXiv:2311.14641.",
 )
 NORSE_LIF = NeuronModel(
     "norse_lif",

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "neuronjit"
 # Top to bottom: what is on one line imports from the lines below it, never from above. A folder
 # stands for all of its files; within it, and on a line, imports only must not go in a circle.
 FLOORS = """
-neuronjit cli
+neuronjit cli compat
 integrations nn neuron_kernel export explanation plotting
 run
 kernels

@@ -264,6 +264,33 @@ def nir_cuba_lif(x, z, p, k):
     return s, {"v": hard(h, s, p), "i": i}
 
 
+def nir_cuba_li(x, z, p, k):
+    i = z.i + p.dt / p.tau_syn * (-z.i + p.w_in * x)
+    v = z.v + p.dt / p.tau_mem * ((p.v_leak - z.v) + p.r * i)
+    return v, {"v": v, "i": i}
+
+
+def nir_if(x, z, p, k):
+    h = z.v + p.dt * p.r * x
+    s = k.fire(h - p.v_threshold)
+    return s, {"v": hard(h, s, p)}
+
+
+def nir_li(x, z, p, k):
+    v = z.v + p.dt / p.tau * ((p.v_leak - z.v) + p.r * x)
+    return v, {"v": v}
+
+
+def nir_lif(x, z, p, k):
+    h = z.v + p.dt / p.tau * ((p.v_leak - z.v) + p.r * x)
+    s = k.fire(h - p.v_threshold)
+    return s, {"v": hard(h, s, p)}
+
+
+def nir_threshold(x, z, p, k):
+    return k.fire(x - p.v_threshold), {"v": x}
+
+
 def norse_lif(x, z, p, k):
     i = z.i + x
     h = z.v + p.dt * p.tau_mem_inv * ((p.v_leak - z.v) + i)
@@ -358,6 +385,11 @@ ROWS: dict[str, Row] = {
     "lapicque": Row(lapicque, {"C": 0.6}, slow=True),
     "cuba_lif": Row(cuba_lif, slow=True),
     "nir_cuba_lif": Row(nir_cuba_lif, {"r": 2.5}, scale=4.0, slow=True),
+    "nir_cuba_li": Row(nir_cuba_li, {"r": 2.5}, scale=4.0, slow=True),
+    "nir_if": Row(nir_if, {"r": 800.0}, slow=True),
+    "nir_li": Row(nir_li, {"r": 4.0}, slow=True),
+    "nir_lif": Row(nir_lif, {"r": 2.5, "v_leak": 0.1}, scale=4.0),
+    "nir_threshold": Row(nir_threshold, slow=True),
     "norse_lif": Row(norse_lif, {"tau_mem_inv": 300.0}, slow=True),
     "norse_lif_box": Row(norse_lif_box, {"tau_mem_inv": 300.0}, scale=2.0, slow=True),
     "norse_lif_ex": Row(norse_lif_ex, {"tau_mem_inv": 300.0}, slow=True),
@@ -422,7 +454,11 @@ def compare(
     fired = (want["out"] != 0).double().mean().item()
     assert 0.1 < fired <= 1.0 and want["out"].std() > 0.1, f"{fired:.0%} fire"
     for key, value in want.items():
-        tolerance = 0.0 if key == "out" and name not in ("li", "liaf") else TOLERANCE[dtype]
+        tolerance = (
+            0.0
+            if key == "out" and name not in ("li", "liaf", "nir_cuba_li", "nir_li")
+            else TOLERANCE[dtype]
+        )
         assert_near(got[key].detach().cpu() * clear, value * clear, tolerance, key)
     generator = torch.Generator().manual_seed(3)
     weights = {

@@ -49,6 +49,7 @@ class Neuron(torch.nn.Module):
 
     step_mode: str
     surrogate_function: Surrogate
+    backend: str | None = None  # old SpikingJelly's MemoryModule has a property of this name
     _derived: tuple[str, ...] = ()  # parameters of the model that a subclass computes
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
@@ -224,8 +225,12 @@ class Neuron(torch.nn.Module):
         params.update(zip(names, inputs, strict=True))
         return run(
             self.model, x, start, surrogate=self.surrogate_function, reset=self.reset_mode,
-            detach_reset=self.detach_reset, record=record, backend=self.backend, **params,
+            detach_reset=self.detach_reset, record=record, backend=self._target(), **params,
         )  # fmt: skip
+
+    def _target(self) -> str | None:
+        """`backend` of multistep; not the attribute itself where SpikingJelly's is of that name."""
+        return self.backend
 
     # --- state ---------------------------------------------------------------------------------
 
