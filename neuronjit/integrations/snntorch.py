@@ -1,0 +1,301 @@
+"""snnTorch's neurons: what is known of each, one row, and the `forward` that an instance gets.
+
+A neuron of snnTorch 1.0.0 is called once a time step, by the user's own loop: each call becomes a
+kernel of T = 1. States, `reset_mem`, `utils.reset` and hooks stay snnTorch's. Nothing here imports
+it: whoever passes one of its neurons has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import surrogates
+from ..errors import InputTypeError, NeuronJitError, SpecError
+from ..models.model import NeuronModel
+from ..models.surrogate import Surrogate
+from ..run.autograd import Output, multistep
+from ..settings import warn_once
+
+PACKAGE, TESTED = "snntorch", "1.0.0"
+_FAMILY = "snntorch._neurons."
+_NEURONS = ("SpikingNeuron", "LeakyParallel", "LeakyKernel")  # what its neurons derive from, or are
+
+
+# --- the equations --------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """What a neuron computes in a step, after r, which is 1 where the last step ended in a spike.
+
+    The zoo's models say the same for fixed numbers. Here decays are clamped as snnTorch's are, and
+    the graded spike comes out.
+    """
+
+    name: str
+    states: tuple[str, ...]  # attributes, in the order of forward's arguments; mem is the model's v
+    params: tuple[str, ...]  # attributes; each neuron has threshold and graded_spikes_factor too
+    charge: Mapping[str, str]  # by what is done after a spike: "sub", "zero", "int" (nothing)
+
+
+_SYN = "syn = clamp(alpha, 0, 1) * syn + x\n"
+_ALPHA = """
+a = clamp(alpha, 0, 1)
+b = clamp(beta, 0, 1)
+inh = b * syn_inh - x
+exc = a * syn_exc + x
+h = (log(a) / (log(b) - log(a)) + 1) * (exc + inh)
+"""
+_RC = "h = x * R * (1 / (R * C)) * time_step + (1 - time_step / (R * C)) * v"
+
+NODES = {
+    row.name: row
+    for row in (
+        Row(
+            "Leaky", ("mem",), ("beta",),
+            dict(
+                sub="h = clamp(beta, 0, 1) * v + x - r * v_threshold",
+                zero="h = clamp(beta, 0, 1) * ((1 - r) * v) + x",
+                int="h = clamp(beta, 0, 1) * v + x",
+            ),
+        ),
+        Row(
+            "Synaptic", ("syn", "mem"), ("alpha", "beta"),
+            dict(
+                sub=f"{_SYN}h = clamp(beta, 0, 1) * v + syn - r * v_threshold",
+                zero=f"{_SYN}h = clamp(beta, 0, 1) * v + syn\nh = h - h * r",
+                int=f"{_SYN}h = clamp(beta, 0, 1) * v + syn",
+            ),
+        ),
+        Row(
+            "Alpha", ("syn_exc", "syn_inh", "mem"), ("alpha", "beta"),
+            dict(
+                sub=f"{_ALPHA}h = h + syn_inh * r\n"
+                "syn_exc = exc - v_threshold * r\nsyn_inh = inh - inh * r",
+                zero=f"{_ALPHA}h = h - h * r\nsyn_exc = exc - exc * r\nsyn_inh = inh - inh * r",
+                int=f"{_ALPHA}syn_exc = exc\nsyn_inh = inh",
+            ),
+        ),
+        Row(
+            "Lapicque", ("mem",), ("R", "C", "time_step"),
+            dict(sub=f"{_RC} - r * v_threshold", zero=f"{_RC}\nh = h - h * r", int=_RC),
+        ),
+    )
+}  # fmt: skip
+
+_AT_ONCE = {  # with reset_delay=False; y / g - r undoes what the charge has reset already
+    "subtract": "v = h - (y / graded_spikes_factor - r) * v_threshold",
+    "zero": "v = h - (y / graded_spikes_factor - r) * h",
+}
+
+
+@cache
+def _model(name: str, before: str, after: str) -> NeuronModel:
+    """The model of a neuron that resets so `before` it charges and `after` it fired."""
+    row = NODES[name]
+    text = f"{row.charge[before]}\ny = s * graded_spikes_factor\n{_AT_ONCE.get(after, 'v = h')}"
+    if before != "int" or after in _AT_ONCE:
+        text = f"r = where(v > v_threshold, 1, 0)\n{text}"
+    return NeuronModel(
+        "_".join([name.lower(), before, *(["at_once"] if after in _AT_ONCE else [])]),
+        text,
+        state=dict.fromkeys(["v", *row.states[:-1]], 0.0),
+        params=dict.fromkeys((*row.params, "graded_spikes_factor"), 0.5),
+        strict=True,
+    )
+
+
+# --- surrogates -----------------------------------------------------------------------------------
+
+_TRIANGULAR = Surrogate("Triangular", "where(u < 0, k, -k)", None, dict(k=1.0))
+_SFS = Surrogate(
+    "SparseFastSigmoid",
+    "where(u > B, 1 / (slope * abs(u) + 1)**2, 0)",
+    None,
+    dict(slope=25.0, B=1.0),
+)
+_STEP = Surrogate("Heaviside", "where(u > 0, 1, 0)")
+_NO_SLOPE = Surrogate("Heaviside", "0")  # surrogate_disable=True
+# by the functions of snntorch.surrogate that make them: ours, and the names of their numbers there
+_SURROGATES: dict[str, tuple[Surrogate, tuple[str, ...]]] = {
+    "atan": (surrogates.ATan, ("alpha",)),
+    "fast_sigmoid": (surrogates.FastSigmoid, ("slope",)),
+    "sigmoid": (surrogates.Sigmoid, ("slope",)),
+    "straight_through_estimator": (surrogates.StraightThrough, ()),
+    "triangular": (_TRIANGULAR, ("threshold",)),
+    "heaviside": (_STEP, ()),
+    "spike_rate_escape": (surrogates.SpikeRateEscape, ("beta", "slope")),
+    "SFS": (_SFS, ("slope", "B")),
+}
+
+
+def _surrogate(node: Any) -> Surrogate:
+    """Ours for a neuron's spike_grad: a closure that a function of snntorch.surrogate returned."""
+    given = node.spike_grad
+    if not isinstance(given, FunctionType):
+        raise SpecError(f"unknown surrogate of type {type(given).__name__}")
+    # a function's globals are those of the module that defined it; names can be set by anybody
+    home = given.__globals__.get("__name__")
+    if home == f"{_FAMILY}neurons" and given.__name__ == "_surrogate_bypass":
+        return _NO_SLOPE
+    maker = given.__qualname__.partition(".")[0]
+    if home != "snntorch.surrogate" or maker not in _SURROGATES:
+        known = ", ".join(_SURROGATES)
+        raise SpecError(
+            f"unknown surrogate {given.__qualname__}; those are known that have fixed slopes and"
+            f" come from snntorch.surrogate: {known}"
+        )
+    cells = zip(given.__code__.co_freevars, given.__closure__ or (), strict=True)
+    numbers = {name: cell.cell_contents for name, cell in cells}
+    if not all(isinstance(number, int | float) for number in numbers.values()):
+        raise SpecError(f"the numbers of its surrogate {maker} are no plain numbers: {numbers}")
+    return _with_numbers(maker, *(float(numbers[name]) for name in _SURROGATES[maker][1]))
+
+
+@cache
+def _with_numbers(maker: str, *numbers: float) -> Surrogate:
+    return _SURROGATES[maker][0](*numbers)
+
+
+# --- reading an instance --------------------------------------------------------------------------
+
+# a class or an instance that has one of these of its own has dynamics of its own
+_DYNAMICS = (
+    "__call__", "forward", "fire", "mem_reset", "_base_state_function", "_base_sub", "_base_zero",
+    "_base_int", "_base_state_reset_zero", "_base_state_reset_sub_function",
+)  # fmt: skip
+
+
+def known(kind: type) -> type | None:
+    """snnTorch's class, of which there is a row, that this one is or was derived from."""
+    mine = (base for base in kind.__mro__ if base.__module__.startswith(_FAMILY))
+    return next((base for base in mine if base.__name__ in NODES), None)
+
+
+def look(module: torch.nn.Module) -> Row | str | None:
+    """The row of a neuron that can be swapped, why it cannot be, or None: it is no neuron."""
+    kind = type(module)
+    family = [base.__name__ for base in kind.__mro__ if base.__module__.startswith(_FAMILY)]
+    if not any(name in _NEURONS for name in family):
+        return None
+    base = known(kind)
+    if base is None:
+        why = "it is recurrent" if hasattr(module, "recurrent") else "no equations for it"
+        return f"{why}; there are some for {', '.join(NODES)}"
+    if not hasattr(module, "state_function") or not hasattr(module, "graded_spikes_factor"):
+        return f"an older snnTorch; {TESTED} is known"
+    own = [
+        name
+        for name in _DYNAMICS
+        if getattr(kind, name, None) is not getattr(base, name, None) or name in vars(module)
+    ]
+    if own:
+        return f"dynamics of its own: {kind.__name__} overrides {', '.join(own)}"
+    try:
+        _read(module, NODES[base.__name__])
+    except NeuronJitError as error:
+        return str(error)
+    return NODES[base.__name__]
+
+
+def describe(module: Any, row: Row) -> str:
+    """What runs in the neuron's place."""
+    try:
+        model, surrogate = _read(module, row)
+    except NeuronJitError as error:  # it was changed since it was swapped
+        return f"snnTorch again: {error}"
+    numbers = ", ".join(f"{value:g}" for value in surrogate.values)
+    return f"{model.name}, {surrogate.name}({numbers})"
+
+
+def _read(node: Any, row: Row) -> tuple[NeuronModel, Surrogate]:
+    """What a neuron computes now, but for its parameters; SpecError where we cannot."""
+    if node.inhibition:
+        raise SpecError("inhibition=True, and a kernel's neurons do not see each other")
+    if node.state_quant:
+        raise SpecError("state_quant is set, and kernels do not quantise states")
+    step = node.state_function  # chosen when the neuron was made; later ones of the user's are not
+    before = getattr(step, "__name__", "").removeprefix("_base_")
+    own = getattr(step, "__self__", None) is node and before in row.charge
+    if not own:
+        raise SpecError("its state_function is no method of its own that is known")
+    after = "none" if getattr(node, "reset_delay", True) else node.reset_mechanism
+    return _model(row.name, before, after), _surrogate(node)
+
+
+# --- running it -----------------------------------------------------------------------------------
+
+
+def _params(node: Any, row: Row, dtype: torch.dtype) -> dict[str, Any]:
+    named = {name: getattr(node, name) for name in (*row.params, "graded_spikes_factor")}
+    named["v_threshold"] = node.threshold
+    for name, value in named.items():
+        if not value.is_floating_point():  # snnTorch keeps threshold=1 as an integer
+            named[name] = value.float()
+        elif value.dtype == torch.float64 != dtype and value.ndim:
+            raise SpecError(f"{name} is a float64 tensor, which makes its potentials float64")
+    return named
+
+
+def _run(
+    node: Any, row: Row, x_seq: Tensor, given: Mapping[str, Any], every: bool = False
+) -> Output | None:
+    """Run a neuron over x_seq `[T, N, *]`, from its states or those given; it keeps the last ones.
+
+    As in snnTorch, a state of another shape than the input's starts at zero. None where the neuron
+    was changed into what only snnTorch runs.
+    """
+    for name, value in given.items():
+        setattr(node, name, value)
+    keys = {name: "v" if name == "mem" else name for name in row.states}
+    held = {key: getattr(node, name) for name, key in keys.items()}
+    try:
+        model, surrogate = _read(node, row)
+        out = multistep(
+            model, x_seq,
+            {key: z if z.shape == x_seq.shape[1:] else 0.0 for key, z in held.items()},
+            surrogate=surrogate, record=tuple(held) if every else (),
+            **_params(node, row, x_seq.dtype),
+        )  # fmt: skip
+    except (SpecError, InputTypeError) as error:
+        name = type(node).__name__
+        warn_once(
+            ("left", name, str(error)),
+            f"snnTorch runs an accelerated {name} itself: {error}",
+            UserWarning,
+        )
+        return None
+    for name, key in keys.items():
+        setattr(node, name, out.state[key])
+    if "reset" in node.__dict__:  # the last step's, in snnTorch's own forward
+        del node.reset
+    return out
+
+
+class Methods:
+    """What stands before the methods of a neuron's class when the neuron is accelerated."""
+
+    _neuronjit: Row
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """One time step as a kernel of T = 1."""
+        node: Any = self
+        row = node._neuronjit
+        states = {**dict(zip(row.states, args, strict=False)), **kwargs}
+        given = {name: value for name, value in states.items() if value is not None}
+        out = None
+        wrong = len(args) > len(row.states) or not given.keys() <= set(row.states)
+        if not wrong and not (given and node.init_hidden):
+            out = _run(node, row, input_.unsqueeze(0), given)
+        if out is None:  # this also raises snnTorch's own error where arguments are wrong
+            return super().forward(input_, *args, **kwargs)  # type: ignore[misc]
+        spikes = out.spikes[0].float()  # as snnTorch's, whatever the input's dtype
+        if node.init_hidden and not node.output:
+            return spikes
+        return (spikes, *(getattr(node, name) for name in row.states))
+
