@@ -8,7 +8,6 @@ it: whoever passes one of its neurons has.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -94,9 +93,18 @@ _AT_ONCE = {  # with reset_delay=False; y / g - r undoes what the charge has res
 }
 
 
-@cache
-def _model(name: str, before: str, after: str) -> NeuronModel:
+# dictionaries, because torch.compile reads them where it would trace through functools.cache
+_models: dict[tuple[str, str, str], NeuronModel] = {}
+_slopes: dict[FunctionType, Surrogate] = {}
+
+
+def _model(row: Row, before: str, after: str) -> NeuronModel:
     """The model of a neuron that resets so `before` it charges and `after` it fired."""
+    key = (row.name, before, after)
+    return _models.get(key) or _models.setdefault(key, _new_model(*key))
+
+
+def _new_model(name: str, before: str, after: str) -> NeuronModel:
     row = NODES[name]
     text = f"{row.charge[before]}\ny = s * graded_spikes_factor\n{_AT_ONCE.get(after, 'v = h')}"
     if before != "int" or after in _AT_ONCE:
@@ -134,11 +142,15 @@ _SURROGATES: dict[str, tuple[Surrogate, tuple[str, ...]]] = {
 }
 
 
-def _surrogate(node: Any) -> Surrogate:
-    """Ours for a neuron's spike_grad: a closure that a function of snntorch.surrogate returned."""
-    given = node.spike_grad
+def _surrogate(given: Any) -> Surrogate:
+    """Ours for a neuron's spike_grad."""
     if not isinstance(given, FunctionType):
         raise SpecError(f"unknown surrogate of type {type(given).__name__}")
+    return _slopes.get(given) or _slope(given)
+
+
+def _slope(given: FunctionType) -> Surrogate:
+    """Ours for a closure that a function of snntorch.surrogate returned."""
     # a function's globals are those of the module that defined it; names can be set by anybody
     home = given.__globals__.get("__name__")
     if home == f"{_FAMILY}neurons" and given.__name__ == "_surrogate_bypass":
@@ -154,12 +166,10 @@ def _surrogate(node: Any) -> Surrogate:
     numbers = {name: cell.cell_contents for name, cell in cells}
     if not all(isinstance(number, int | float) for number in numbers.values()):
         raise SpecError(f"the numbers of its surrogate {maker} are no plain numbers: {numbers}")
-    return _with_numbers(maker, *(float(numbers[name]) for name in _SURROGATES[maker][1]))
-
-
-@cache
-def _with_numbers(maker: str, *numbers: float) -> Surrogate:
-    return _SURROGATES[maker][0](*numbers)
+    ours, names = _SURROGATES[maker]
+    if len(_slopes) >= 1000:  # a new one in every epoch, or step
+        _slopes.clear()
+    return _slopes.setdefault(given, ours(*(float(numbers[name]) for name in names)))
 
 
 # --- reading an instance --------------------------------------------------------------------------
@@ -225,7 +235,7 @@ def _read(node: Any, row: Row) -> tuple[NeuronModel, Surrogate]:
     if not own:
         raise SpecError("its state_function is no method of its own that is known")
     after = "none" if getattr(node, "reset_delay", True) else node.reset_mechanism
-    return _model(row.name, before, after), _surrogate(node)
+    return _model(row, before, after), _surrogate(node.spike_grad)
 
 
 # --- running it -----------------------------------------------------------------------------------
@@ -272,8 +282,7 @@ def _run(
         return None
     for name, key in keys.items():
         setattr(node, name, out.state[key])
-    if "reset" in node.__dict__:  # the last step's, in snnTorch's own forward
-        del node.reset
+    node.reset = None  # what snnTorch would keep here is inside the kernel
     return out
 
 
@@ -298,4 +307,3 @@ class Methods:
         if node.init_hidden and not node.output:
             return spikes
         return (spikes, *(getattr(node, name) for name in row.states))
-
