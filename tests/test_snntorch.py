@@ -440,17 +440,23 @@ def test_what_is_skipped_and_why() -> None:
     assert "no plain numbers" in skipped(node("Leaky", spike_grad=learned))
 
 
-def test_wrong_arguments_are_snntorchs_own_errors(eager: None) -> None:
+def test_wrong_arguments_are_type_errors_as_snntorchs(eager: None) -> None:
     x = torch.ones(2, 3)
-    _, hidden = pair("Leaky", init_hidden=True)
-    with pytest.raises(TypeError, match="while `init_hidden=True`"):
-        hidden(x, torch.zeros(2, 3))
-    _, ours = pair("Leaky")
-    with pytest.raises(TypeError, match=r"'float'.* buffer 'mem'"):
-        ours(x, 0.5)
-    for args, kwargs in [((x, x, x), {}), ((x,), dict(spk=x))]:
-        with pytest.raises(TypeError, match="forward"):
+    wrong: list[tuple[dict[str, Any], tuple[Any, ...], dict[str, Any], str]] = [
+        (dict(init_hidden=True), (x, x), {}, "keeps its states itself, and mem cannot be passed"),
+        ({}, (x, x, x), {}, r"takes the input and then mem, got 2 states and \[\]"),
+        ({}, (x,), dict(spk=x), r"takes the input and then mem, got 0 states and \['spk'\]"),
+        ({}, (x, x), dict(mem=x), r"takes the input and then mem, got 1 states and \['mem'\]"),
+        ({}, (x, 0.5), {}, "'float'.* buffer 'mem'"),
+    ]
+    for options, args, kwargs, message in wrong:
+        theirs, ours = pair("Leaky", **options)
+        with pytest.raises(TypeError):
+            theirs(*args, **kwargs)
+        with pytest.raises(TypeError, match=message):
             ours(*args, **kwargs)
+    _, hidden = pair("Leaky", init_hidden=True)
+    assert hidden(x, None).shape == (2, 3) == hidden(x, mem=None).shape
 
 
 def test_what_only_snntorch_runs_is_run_by_it_with_a_warning(eager: None) -> None:
@@ -472,3 +478,129 @@ def test_what_only_snntorch_runs_is_run_by_it_with_a_warning(eager: None) -> Non
     with pytest.warns(UserWarning, match="beta has shape"):
         got = ours(torch.ones(2, 1))
     assert torch.equal(got[1], theirs(torch.ones(2, 1))[1]) and got[1].shape == (2, 5)
+
+
+# --- whole sequences ------------------------------------------------------------------------------
+
+
+def sequence(layer: Any, x_seq: Tensor, start: tuple[Tensor, ...], loop: bool) -> dict[str, Tensor]:
+    """As `train`, with the states of the last step alone; by snnTorch's loop or by `Sequence`."""
+    from neuronjit.integrations.snntorch import Sequence
+
+    leaves = [z.clone().requires_grad_() for z in start]
+    x = x_seq.clone().requires_grad_()
+    states: list[Any] = list(leaves)
+    if loop:
+        steps = []
+        for step in x:
+            out = layer(step, *([] if layer.init_hidden else states))
+            spikes, *states = out if isinstance(out, tuple) else (out,)
+            steps.append(spikes)
+        spikes = torch.stack(steps)
+    else:
+        out = Sequence(layer)(x, *states)
+        spikes, *states = out if isinstance(out, tuple) else (out,)
+    outputs = {"spikes": spikes, **{f"state {i}": z for i, z in enumerate(states)}}
+    outputs |= {f"{n} of the layer": getattr(layer, n) for n in STATES if hasattr(layer, n)}
+    generator = torch.Generator().manual_seed(5)
+    weighed = [
+        (out * torch.randn(out.shape, generator=generator).to(out)).sum()
+        for out in outputs.values()
+    ]
+    layer.zero_grad()
+    torch.stack(weighed).sum().backward()
+    found = {**outputs, "grad of x": x.grad}
+    found |= {f"grad of {n}": p.grad for n, p in layer.named_parameters()}
+    for i, z in enumerate(leaves):
+        found[f"grad of start {i}"] = torch.zeros_like(z) if z.grad is None else z.grad
+    return {name: value.detach().cpu() for name, value in found.items()}
+
+
+def check_sequence(name: str, device: str, **options: Any) -> None:
+    theirs = node(name, learn_threshold=True, **options).to(device)
+    ours = copy.deepcopy(theirs)
+    x = inputs((T, *SHAPE)).to(device)
+    count = len([n for n in STATES if hasattr(theirs, n)])
+    start = () if theirs.init_hidden else tuple(inputs((count, *SHAPE), seed=3).to(device) * 0.5)
+    for begin in (start, ()):  # then it goes on from where it was
+        for layer in (theirs, ours):
+            for n in STATES:
+                if hasattr(layer, n):
+                    setattr(layer, n, getattr(layer, n).detach())
+        want, got = sequence(theirs, x, begin, True), sequence(ours, x, begin, False)
+        assert want.keys() == got.keys()
+        assert 0.02 < want["spikes"].mean() < 0.99  # without a reset, nearly all fire in the end
+        assert_same_bits(got["spikes"], want["spikes"], "spikes")
+        for key, value in want.items():
+            assert_near(got[key], value, 2e-5, key, floor=0.1 if value.numel() > 1 else 1.0)
+
+
+@each_device
+@pytest.mark.parametrize("name", NODES)
+def test_a_sequence_is_snntorchs_loop(name: str, device: str) -> None:
+    check_sequence(name, device)
+
+
+@each_case
+def test_sequences_with_all_resets(name: str, options: dict[str, Any], eager: None) -> None:
+    check_sequence(name, "cpu", **options)
+    for output in (False, True):
+        check_sequence(name, "cpu", init_hidden=True, output=output, **options)
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_states_of_every_step(name: str, eager: None) -> None:
+    from neuronjit.integrations.snntorch import Sequence
+
+    theirs, ours = pair(name)
+    x = inputs((T, *SHAPE))
+    want = [theirs(step) for step in x]
+    got = Sequence(ours, every_state=True)(x)
+    for theirs_seq, ours_seq in zip(zip(*want, strict=True), got, strict=True):
+        assert_near(ours_seq, torch.stack(theirs_seq), 2e-5, name)
+    assert torch.equal(ours.mem, got[-1][-1])
+
+
+def test_a_sequence_in_a_network(eager: None) -> None:
+    from neuronjit.integrations.snntorch import Sequence
+
+    net = torch.nn.Sequential(
+        torch.nn.Linear(6, 12), Sequence(node("Leaky", init_hidden=True)), torch.nn.Linear(12, 4),
+        Sequence(node("Synaptic", init_hidden=True, output=True, reset_mechanism="zero")),
+    )  # fmt: skip
+    plain = copy.deepcopy(net)
+    x = inputs((T, 3, 6)) * 2
+    spikes, syn, mem = net(x)
+    steps = []
+    for step in x:
+        *_, out = (plain[3].layer(plain[2](plain[1].layer(plain[0](step)))),)
+        steps.append(out[0])
+    assert torch.equal(spikes, torch.stack(steps)) and torch.equal(mem, out[2])
+    assert torch.equal(syn, out[1]) and spikes.any()
+    assert {n for n, _ in net.named_parameters()} == {n for n, _ in plain.named_parameters()}
+    assert not torch.equal(net(x)[2], mem)
+    for part in (net[1], net[3]):
+        part.reset_mem()
+    assert torch.equal(net(x)[2], mem)
+    report = nj.accelerate(net)
+    assert [layer.path for layer in report.accelerated] == ["1.layer", "3.layer"]
+    for part in (net[1], net[3]):
+        part.reset_mem()
+    assert torch.equal(copy.deepcopy(net)(x)[2], mem) and torch.equal(net(x)[2], mem)
+
+
+def test_sequences_of_what_no_kernel_runs() -> None:
+    import snntorch
+
+    from neuronjit.integrations.snntorch import Sequence
+
+    with pytest.raises(nj.InputTypeError, match=r"must be a snnTorch Leaky or .*, got Linear"):
+        Sequence(torch.nn.Linear(2, 2))
+    with pytest.raises(nj.SpecError, match="no kernel can run this RLeaky: it is recurrent"):
+        Sequence(snntorch.RLeaky(0.9, all_to_all=False))
+    seq = Sequence(node("Leaky"))
+    with pytest.raises(nj.InputTypeError, match="takes the input and then mem"):
+        seq(torch.ones(2, 3), syn=torch.ones(3))
+    seq.layer.state_quant = lambda mem: mem
+    with pytest.raises(nj.SpecError, match="state_quant is set"):
+        seq(torch.ones(2, 3))

@@ -252,38 +252,40 @@ def _params(node: Any, row: Row, dtype: torch.dtype) -> dict[str, Any]:
     return named
 
 
-def _run(
-    node: Any, row: Row, x_seq: Tensor, given: Mapping[str, Any], every: bool = False
-) -> Output | None:
+def _run(node: Any, row: Row, x_seq: Tensor, args: Any, kwargs: Any, every: bool = False) -> Output:
     """Run a neuron over x_seq `[T, N, *]`, from its states or those given; it keeps the last ones.
 
-    As in snnTorch, a state of another shape than the input's starts at zero. None where the neuron
-    was changed into what only snnTorch runs.
+    As in snnTorch, a state of another shape than the input's starts at zero. SpecError or
+    InputTypeError where kernels cannot.
     """
-    for name, value in given.items():
-        setattr(node, name, value)
+    for name, value in {**dict(zip(row.states, args, strict=False)), **kwargs}.items():
+        if value is not None:
+            setattr(node, name, value)
     keys = {name: "v" if name == "mem" else name for name in row.states}
     held = {key: getattr(node, name) for name, key in keys.items()}
-    try:
-        model, surrogate = _read(node, row)
-        out = multistep(
-            model, x_seq,
-            {key: z if z.shape == x_seq.shape[1:] else 0.0 for key, z in held.items()},
-            surrogate=surrogate, record=tuple(held) if every else (),
-            **_params(node, row, x_seq.dtype),
-        )  # fmt: skip
-    except (SpecError, InputTypeError) as error:
-        name = type(node).__name__
-        warn_once(
-            ("left", name, str(error)),
-            f"snnTorch runs an accelerated {name} itself: {error}",
-            UserWarning,
-        )
-        return None
+    model, surrogate = _read(node, row)
+    out = multistep(
+        model, x_seq, {key: z if z.shape == x_seq.shape[1:] else 0.0 for key, z in held.items()},
+        surrogate=surrogate, record=tuple(held) if every else (),
+        **_params(node, row, x_seq.dtype),
+    )  # fmt: skip
     for name, key in keys.items():
         setattr(node, name, out.state[key])
     node.reset = None  # what snnTorch would keep here is inside the kernel
     return out
+
+
+def _check(node: Any, row: Row, args: Any, kwargs: Any) -> None:
+    """Raise InputTypeError if the states that were given are not those that the neuron takes."""
+    if len(args) > len(row.states) or not kwargs.keys() <= set(row.states[len(args) :]):
+        takes = f"takes the input and then {', '.join(row.states)}"
+        given = f"{len(args)} states and {sorted(kwargs)}"
+        raise InputTypeError(f"snnTorch's {row.name} {takes}, got {given}")
+    if node.init_hidden and any(value is not None for value in (*args, *kwargs.values())):
+        raise InputTypeError(
+            f"this {row.name} was made with init_hidden=True: it keeps its states itself, and"
+            f" {', '.join(row.states)} cannot be passed"
+        )
 
 
 class Methods:
@@ -295,15 +297,77 @@ class Methods:
         """One time step as a kernel of T = 1."""
         node: Any = self
         row = node._neuronjit
-        states = {**dict(zip(row.states, args, strict=False)), **kwargs}
-        given = {name: value for name, value in states.items() if value is not None}
-        out = None
-        wrong = len(args) > len(row.states) or not given.keys() <= set(row.states)
-        if not wrong and not (given and node.init_hidden):
-            out = _run(node, row, input_.unsqueeze(0), given)
-        if out is None:  # this also raises snnTorch's own error where arguments are wrong
+        _check(node, row, args, kwargs)
+        try:
+            out = _run(node, row, input_.unsqueeze(0), args, kwargs)
+        except (SpecError, InputTypeError) as error:
+            name = type(node).__name__
+            warn_once(
+                ("left", name, str(error)),
+                f"snnTorch runs an accelerated {name} itself: {error}",
+                UserWarning,
+            )
             return super().forward(input_, *args, **kwargs)  # type: ignore[misc]
         spikes = out.spikes[0].float()  # as snnTorch's, whatever the input's dtype
         if node.init_hidden and not node.output:
             return spikes
+        return (spikes, *(getattr(node, name) for name in row.states))
+
+
+class Sequence(torch.nn.Module):
+    """A neuron of snnTorch over a whole sequence: one kernel in place of a loop over time.
+
+    Options, parameters and states are the layer's, read at every call; it keeps the last states.
+    Its own `forward` and hooks do not run. `utils.reset(net)` looks for neurons among the direct
+    children of `net` only: where they stand in sequences, call `reset_mem`.
+
+    Args:
+        layer: snnTorch's Leaky, Synaptic, Alpha or Lapicque, accelerated or not.
+        every_state: return the states of all steps, `[T, N, *]`, in place of the last ones.
+
+    Raises:
+        InputTypeError: layer is no neuron of snnTorch.
+        SpecError: it is one that kernels cannot run; the message says why.
+    """
+
+    def __init__(self, layer: torch.nn.Module, *, every_state: bool = False) -> None:
+        super().__init__()
+        row = layer._neuronjit if isinstance(layer, Methods) else look(layer)
+        kind = type(layer).__name__
+        if row is None:
+            raise InputTypeError(f"layer must be a snnTorch {' or '.join(NODES)}, got {kind}")
+        if isinstance(row, str):
+            raise SpecError(f"no kernel can run this {kind}: {row}")
+        self.layer: Any = layer
+        self.row, self.every_state = row, every_state
+
+    def reset_mem(self) -> Any:
+        """Set the layer's states to zero, and return what its own `reset_mem` returns."""
+        return self.layer.reset_mem()
+
+    def forward(self, x_seq: Tensor, *args: Tensor | None, **kwargs: Tensor | None) -> Any:
+        """What the layer would return if it were called for each step of x_seq in turn.
+
+        Args:
+            x_seq: input `[T, N, *]`, time first; float32, float16, bfloat16 or float64.
+            *args, **kwargs: states to start from, `[N, *]`, in the layer's order or by its names;
+                where one is missing, the layer's own.
+
+        Returns:
+            Spikes `[T, N, *]` in float32, then each state after the last step `[N, *]` (after all
+            steps, `[T, N, *]`, with `every_state`). From a layer with init_hidden=True and
+            output=False, the spikes alone.
+
+        Raises:
+            SpecError, InputTypeError: as `multistep`; or the layer was changed into one that
+                kernels cannot run, or states were passed that it does not take.
+        """
+        node, row = self.layer, self.row
+        _check(node, row, args, kwargs)
+        out = _run(node, row, x_seq, args, kwargs, self.every_state)
+        spikes = out.spikes.float()
+        if node.init_hidden and not node.output:
+            return spikes
+        if self.every_state:
+            return (spikes, *(out.record["v" if n == "mem" else n] for n in row.states))
         return (spikes, *(getattr(node, name) for name in row.states))
