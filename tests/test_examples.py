@@ -106,5 +106,5 @@ def test_a_snntorch_network_before_and_after(tmp_path, device):
     assert "sample: the same; 534,528 spikes" in said
     assert "before training, 0 of 10240 spikes of the last layer differ" in said
     accuracies = [float(a) for a in re.findall(r"([\d.]+)% of the test images right", said)]
-    assert len(accuracies) == 3 and min(accuracies) > 75  # 20 epochs bring 96
+    assert len(accuracies) == 3 and min(accuracies) > 75  # one of ten is chance
     assert number(r"the first three steps differ by ([\d.e+-]+)", said) < 1e-4
