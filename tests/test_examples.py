@@ -95,3 +95,16 @@ def test_a_spikingjelly_network_before_and_after(tmp_path, device):
     accuracies = [float(a) for a in re.findall(r"([\d.]+)% of the test images right", said)]
     assert len(accuracies) == 2 and min(accuracies) > 85
     assert number(r"the first three steps differ by ([\d.e+-]+)", said) < 1e-4
+
+
+@each_device
+@pytest.mark.peers("snntorch")
+def test_a_snntorch_network_before_and_after(tmp_path, device):
+    visible = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
+    said = run("accelerate_snntorch.py", "--epochs", "2", cwd=tmp_path, **visible)
+    assert said.startswith("3 of 3 neurons accelerated (snntorch ")
+    assert "sample: the same; 534,528 spikes" in said
+    assert "before training, 0 of 10240 spikes of the last layer differ" in said
+    accuracies = [float(a) for a in re.findall(r"([\d.]+)% of the test images right", said)]
+    assert len(accuracies) == 3 and min(accuracies) > 75  # one of ten is chance
+    assert number(r"the first three steps differ by ([\d.e+-]+)", said) < 1e-4

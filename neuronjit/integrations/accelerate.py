@@ -16,11 +16,11 @@ from typing import Any
 from torch.nn import Module
 
 from ..errors import AccelerationError, InputTypeError
-from . import spikingjelly
+from . import norse, snntorch, spikingjelly
 from .proof import Proof, prove
 
 # each: PACKAGE, TESTED (its version), NODES, known, look, describe, Methods
-LIBRARIES = (spikingjelly,)
+LIBRARIES = (spikingjelly, snntorch, norse)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def accelerate(model: Module, sample: Any = None, *, strict: bool = False) -> Re
 
     Each supported neuron gets our dynamics; its parameters, state, hooks and name stay as they are,
     and so does every other instance of its class. What is not supported is left alone, and the
-    report says why. Known are the nodes of SpikingJelly 2.0.0 (docs/integrations.md).
+    report says why. Known are neurons of SpikingJelly 2.0.0, snnTorch 1.0.0 and
+    Norse 1.1.0 (docs/integrations.md).
 
     Args:
         model: a network, or a neuron.

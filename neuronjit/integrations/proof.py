@@ -88,9 +88,9 @@ def prove(
     args, kwargs = _arguments(sample)
     before, after = _copy(model), _copy(model)
     swap(after, paths)
-    with _random_state(model), _exactly():
+    with _random_state(model), _exactly(), _listed(before):
         theirs = _guarded(before, paths, args, kwargs, "the model")
-    with _random_state(model), _exactly():
+    with _random_state(model), _exactly(), _listed(after):
         ours = _guarded(after, paths, args, kwargs, "the accelerated model")
     dtypes = {*theirs.dtypes, *(out.dtype for out in theirs.outputs)}
     tolerance = max([_EXACT, *(_TOLERANCE.get(dtype, 0.0) for dtype in dtypes)])
@@ -111,10 +111,11 @@ def prove(
         half=any(dtype in _HALF for dtype in theirs.dtypes),
     )
     del theirs, ours, pairs
-    with _random_state(model):
-        (ms_before, mb_before), (ms_after, mb_after) = (
-            _cost(copied, args, kwargs) for copied in (before, after)
-        )
+    costs = []
+    for copied in (before, after):
+        with _random_state(model), _listed(copied):
+            costs.append(_cost(copied, args, kwargs))
+    (ms_before, mb_before), (ms_after, mb_after) = costs
     mb = None if mb_before is None or mb_after is None else (mb_before, mb_after)
     return Proof(**proof, ms=(ms_before, ms_after), mb=mb)  # type: ignore[arg-type]
 
@@ -157,6 +158,25 @@ def _random_state(model: Module) -> Iterator[None]:
             random.setstate(python)
             if numpy is not None:
                 numpy.random.set_state(state)
+
+
+@contextmanager
+def _listed(copied: Module) -> Iterator[None]:
+    """Let snnTorch's `utils.reset` reset this copy, and not the model that it was copied from.
+
+    It resets the neurons of a list, which a neuron joins when it is made, and not when it is
+    copied.
+    """
+    neuron: Any = getattr(sys.modules.get("snntorch"), "SpikingNeuron", None)
+    if neuron is None:
+        yield
+        return
+    held = neuron.instances
+    neuron.instances = [module for module in copied.modules() if isinstance(module, neuron)]
+    try:
+        yield
+    finally:
+        neuron.instances = held
 
 
 @contextmanager
@@ -216,8 +236,9 @@ def _recorded(model: Module, paths: Sequence[str], args: Any, kwargs: Any) -> _S
     handles = []
     for path in paths:
 
-        def keep(module: Module, given: Any, out: Tensor, path: str = path) -> None:
-            step.spikes.append((path, out.detach().cpu()))
+        def keep(module: Module, given: Any, out: Any, path: str = path) -> None:
+            spikes = out[0] if isinstance(out, tuple) else out  # snnTorch's: states follow
+            step.spikes.append((path, spikes.detach().cpu()))
 
         module = model.get_submodule(path)
         handles += [module.register_forward_pre_hook(widen), module.register_forward_hook(keep)]
@@ -317,8 +338,9 @@ def _cost(model: Module, args: Any, kwargs: Any) -> tuple[float, float | None]:
     end = time.perf_counter() + _SECONDS
     while len(times) < 4 or (time.perf_counter() < end and len(times) < 50):
         for module in model.modules():
-            if callable(reset := getattr(module, "reset", None)):
-                reset()
+            for name in ("reset", "reset_mem"):
+                if callable(reset := getattr(module, name, None)):
+                    reset()
         model.zero_grad(set_to_none=True)
         for device in cuda:
             torch.cuda.synchronize(device)

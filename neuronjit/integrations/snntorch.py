@@ -1,0 +1,373 @@
+"""snnTorch's neurons: what is known of each, one row, and the `forward` that an instance gets.
+
+A neuron of snnTorch 1.0.0 is called once a time step, by the user's own loop: each call becomes a
+kernel of T = 1. States, `reset_mem`, `utils.reset` and hooks stay snnTorch's. Nothing here imports
+it: whoever passes one of its neurons has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import surrogates
+from ..errors import InputTypeError, NeuronJitError, SpecError
+from ..models.model import NeuronModel
+from ..models.surrogate import Surrogate
+from ..run.autograd import Output, multistep
+from ..settings import warn_once
+
+PACKAGE, TESTED = "snntorch", "1.0.0"
+_FAMILY = "snntorch._neurons."
+_NEURONS = ("SpikingNeuron", "LeakyParallel", "LeakyKernel")  # what its neurons derive from, or are
+
+
+# --- the equations --------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """What a neuron computes in a step, after r, which is 1 where the last step ended in a spike.
+
+    The zoo's models say the same for fixed numbers. Here decays are clamped as snnTorch's are, and
+    the graded spike comes out.
+    """
+
+    name: str
+    states: tuple[str, ...]  # attributes, in the order of forward's arguments; mem is the model's v
+    params: tuple[str, ...]  # attributes; each neuron has threshold and graded_spikes_factor too
+    charge: Mapping[str, str]  # by what is done after a spike: "sub", "zero", "int" (nothing)
+
+
+_SYN = "syn = clamp(alpha, 0, 1) * syn + x\n"
+_ALPHA = """
+a = clamp(alpha, 0, 1)
+b = clamp(beta, 0, 1)
+inh = b * syn_inh - x
+exc = a * syn_exc + x
+h = (log(a) / (log(b) - log(a)) + 1) * (exc + inh)
+"""
+_RC = "h = x * R * (1 / (R * C)) * time_step + (1 - time_step / (R * C)) * v"
+
+NODES = {
+    row.name: row
+    for row in (
+        Row(
+            "Leaky", ("mem",), ("beta",),
+            dict(
+                sub="h = clamp(beta, 0, 1) * v + x - r * v_threshold",
+                zero="h = clamp(beta, 0, 1) * ((1 - r) * v) + x",
+                int="h = clamp(beta, 0, 1) * v + x",
+            ),
+        ),
+        Row(
+            "Synaptic", ("syn", "mem"), ("alpha", "beta"),
+            dict(
+                sub=f"{_SYN}h = clamp(beta, 0, 1) * v + syn - r * v_threshold",
+                zero=f"{_SYN}h = clamp(beta, 0, 1) * v + syn\nh = h - h * r",
+                int=f"{_SYN}h = clamp(beta, 0, 1) * v + syn",
+            ),
+        ),
+        Row(
+            "Alpha", ("syn_exc", "syn_inh", "mem"), ("alpha", "beta"),
+            dict(
+                sub=f"{_ALPHA}h = h + syn_inh * r\n"
+                "syn_exc = exc - v_threshold * r\nsyn_inh = inh - inh * r",
+                zero=f"{_ALPHA}h = h - h * r\nsyn_exc = exc - exc * r\nsyn_inh = inh - inh * r",
+                int=f"{_ALPHA}syn_exc = exc\nsyn_inh = inh",
+            ),
+        ),
+        Row(
+            "Lapicque", ("mem",), ("R", "C", "time_step"),
+            dict(sub=f"{_RC} - r * v_threshold", zero=f"{_RC}\nh = h - h * r", int=_RC),
+        ),
+    )
+}  # fmt: skip
+
+_AT_ONCE = {  # with reset_delay=False; y / g - r undoes what the charge has reset already
+    "subtract": "v = h - (y / graded_spikes_factor - r) * v_threshold",
+    "zero": "v = h - (y / graded_spikes_factor - r) * h",
+}
+
+
+# dictionaries, because torch.compile reads them where it would trace through functools.cache
+_models: dict[tuple[str, str, str], NeuronModel] = {}
+_slopes: dict[FunctionType, Surrogate] = {}
+
+
+def _model(row: Row, before: str, after: str) -> NeuronModel:
+    """The model of a neuron that resets so `before` it charges and `after` it fired."""
+    key = (row.name, before, after)
+    return _models.get(key) or _models.setdefault(key, _new_model(*key))
+
+
+def _new_model(name: str, before: str, after: str) -> NeuronModel:
+    row = NODES[name]
+    text = f"{row.charge[before]}\ny = s * graded_spikes_factor\n{_AT_ONCE.get(after, 'v = h')}"
+    if before != "int" or after in _AT_ONCE:
+        text = f"r = where(v > v_threshold, 1, 0)\n{text}"
+    return NeuronModel(
+        "_".join([name.lower(), before, *(["at_once"] if after in _AT_ONCE else [])]),
+        text,
+        state=dict.fromkeys(["v", *row.states[:-1]], 0.0),
+        params=dict.fromkeys((*row.params, "graded_spikes_factor"), 0.5),
+        strict=True,
+    )
+
+
+# --- surrogates -----------------------------------------------------------------------------------
+
+_TRIANGULAR = Surrogate("Triangular", "where(u < 0, k, -k)", None, dict(k=1.0))
+_SFS = Surrogate(
+    "SparseFastSigmoid",
+    "where(u > B, 1 / (slope * abs(u) + 1)**2, 0)",
+    None,
+    dict(slope=25.0, B=1.0),
+)
+_STEP = Surrogate("Heaviside", "where(u > 0, 1, 0)")
+_NO_SLOPE = Surrogate("Heaviside", "0")  # surrogate_disable=True
+# by the functions of snntorch.surrogate that make them: ours, and the names of their numbers there
+_SURROGATES: dict[str, tuple[Surrogate, tuple[str, ...]]] = {
+    "atan": (surrogates.ATan, ("alpha",)),
+    "fast_sigmoid": (surrogates.FastSigmoid, ("slope",)),
+    "sigmoid": (surrogates.Sigmoid, ("slope",)),
+    "straight_through_estimator": (surrogates.StraightThrough, ()),
+    "triangular": (_TRIANGULAR, ("threshold",)),
+    "heaviside": (_STEP, ()),
+    "spike_rate_escape": (surrogates.SpikeRateEscape, ("beta", "slope")),
+    "SFS": (_SFS, ("slope", "B")),
+}
+
+
+def _surrogate(given: Any) -> Surrogate:
+    """Ours for a neuron's spike_grad."""
+    if not isinstance(given, FunctionType):
+        raise SpecError(f"unknown surrogate of type {type(given).__name__}")
+    return _slopes.get(given) or _slope(given)
+
+
+def _slope(given: FunctionType) -> Surrogate:
+    """Ours for a closure that a function of snntorch.surrogate returned."""
+    # a function's globals are those of the module that defined it; names can be set by anybody
+    home = given.__globals__.get("__name__")
+    if home == f"{_FAMILY}neurons" and given.__name__ == "_surrogate_bypass":
+        return _NO_SLOPE
+    maker = given.__qualname__.partition(".")[0]
+    if home != "snntorch.surrogate" or maker not in _SURROGATES:
+        known = ", ".join(_SURROGATES)
+        raise SpecError(
+            f"unknown surrogate {given.__qualname__}; those are known that have fixed slopes and"
+            f" come from snntorch.surrogate: {known}"
+        )
+    cells = zip(given.__code__.co_freevars, given.__closure__ or (), strict=True)
+    numbers = {name: cell.cell_contents for name, cell in cells}
+    if not all(isinstance(number, int | float) for number in numbers.values()):
+        raise SpecError(f"the numbers of its surrogate {maker} are no plain numbers: {numbers}")
+    ours, names = _SURROGATES[maker]
+    if len(_slopes) >= 1000:  # a new one in every epoch, or step
+        _slopes.clear()
+    return _slopes.setdefault(given, ours(*(float(numbers[name]) for name in names)))
+
+
+# --- reading an instance --------------------------------------------------------------------------
+
+# a class or an instance that has one of these of its own has dynamics of its own
+_DYNAMICS = (
+    "__call__", "forward", "fire", "mem_reset", "_base_state_function", "_base_sub", "_base_zero",
+    "_base_int", "_base_state_reset_zero", "_base_state_reset_sub_function",
+)  # fmt: skip
+
+
+def known(kind: type) -> type | None:
+    """snnTorch's class, of which there is a row, that this one is or was derived from."""
+    mine = (base for base in kind.__mro__ if base.__module__.startswith(_FAMILY))
+    return next((base for base in mine if base.__name__ in NODES), None)
+
+
+def look(module: torch.nn.Module) -> Row | str | None:
+    """The row of a neuron that can be swapped, why it cannot be, or None: it is no neuron."""
+    kind = type(module)
+    family = [base.__name__ for base in kind.__mro__ if base.__module__.startswith(_FAMILY)]
+    if not any(name in _NEURONS for name in family):
+        return None
+    base = known(kind)
+    if base is None:
+        why = "it is recurrent" if hasattr(module, "recurrent") else "no equations for it"
+        return f"{why}; there are some for {', '.join(NODES)}"
+    if not hasattr(module, "state_function") or not hasattr(module, "graded_spikes_factor"):
+        return f"an older snnTorch; {TESTED} is known"
+    own = [
+        name
+        for name in _DYNAMICS
+        if getattr(kind, name, None) is not getattr(base, name, None) or name in vars(module)
+    ]
+    if own:
+        return f"dynamics of its own: {kind.__name__} overrides {', '.join(own)}"
+    try:
+        _read(module, NODES[base.__name__])
+    except NeuronJitError as error:
+        return str(error)
+    return NODES[base.__name__]
+
+
+def describe(module: Any, row: Row) -> str:
+    """What runs in the neuron's place."""
+    try:
+        model, surrogate = _read(module, row)
+    except NeuronJitError as error:  # it was changed since it was swapped
+        return f"snnTorch again: {error}"
+    numbers = ", ".join(f"{value:g}" for value in surrogate.values)
+    return f"{model.name}, {surrogate.name}({numbers})"
+
+
+def _read(node: Any, row: Row) -> tuple[NeuronModel, Surrogate]:
+    """What a neuron computes now, but for its parameters; SpecError where we cannot."""
+    if node.inhibition:
+        raise SpecError("inhibition=True, and a kernel's neurons do not see each other")
+    if node.state_quant:
+        raise SpecError("state_quant is set, and kernels do not quantise states")
+    step = node.state_function  # chosen when the neuron was made; later ones of the user's are not
+    before = getattr(step, "__name__", "").removeprefix("_base_")
+    own = getattr(step, "__self__", None) is node and before in row.charge
+    if not own:
+        raise SpecError("its state_function is no method of its own that is known")
+    after = "none" if getattr(node, "reset_delay", True) else node.reset_mechanism
+    return _model(row, before, after), _surrogate(node.spike_grad)
+
+
+# --- running it -----------------------------------------------------------------------------------
+
+
+def _params(node: Any, row: Row, dtype: torch.dtype) -> dict[str, Any]:
+    named = {name: getattr(node, name) for name in (*row.params, "graded_spikes_factor")}
+    named["v_threshold"] = node.threshold
+    for name, value in named.items():
+        if not value.is_floating_point():  # snnTorch keeps threshold=1 as an integer
+            named[name] = value.float()
+        elif value.dtype == torch.float64 != dtype and value.ndim:
+            raise SpecError(f"{name} is a float64 tensor, which makes its potentials float64")
+    return named
+
+
+def _run(node: Any, row: Row, x_seq: Tensor, args: Any, kwargs: Any, every: bool = False) -> Output:
+    """Run a neuron over x_seq `[T, N, *]`, from its states or those given; it keeps the last ones.
+
+    As in snnTorch, a state of another shape than the input's starts at zero. SpecError or
+    InputTypeError where kernels cannot.
+    """
+    for name, value in {**dict(zip(row.states, args, strict=False)), **kwargs}.items():
+        if value is not None:
+            setattr(node, name, value)
+    keys = {name: "v" if name == "mem" else name for name in row.states}
+    held = {key: getattr(node, name) for name, key in keys.items()}
+    model, surrogate = _read(node, row)
+    out = multistep(
+        model, x_seq, {key: z if z.shape == x_seq.shape[1:] else 0.0 for key, z in held.items()},
+        surrogate=surrogate, record=tuple(held) if every else (),
+        **_params(node, row, x_seq.dtype),
+    )  # fmt: skip
+    for name, key in keys.items():
+        setattr(node, name, out.state[key])
+    node.reset = None  # what snnTorch would keep here is inside the kernel
+    return out
+
+
+def _check(node: Any, row: Row, args: Any, kwargs: Any) -> None:
+    """Raise InputTypeError if the states that were given are not those that the neuron takes."""
+    if len(args) > len(row.states) or not kwargs.keys() <= set(row.states[len(args) :]):
+        takes = f"takes the input and then {', '.join(row.states)}"
+        given = f"{len(args)} states and {sorted(kwargs)}"
+        raise InputTypeError(f"snnTorch's {row.name} {takes}, got {given}")
+    if node.init_hidden and any(value is not None for value in (*args, *kwargs.values())):
+        raise InputTypeError(
+            f"this {row.name} was made with init_hidden=True: it keeps its states itself, and"
+            f" {', '.join(row.states)} cannot be passed"
+        )
+
+
+class Methods:
+    """What stands before the methods of a neuron's class when the neuron is accelerated."""
+
+    _neuronjit: Row
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """One time step as a kernel of T = 1."""
+        node: Any = self
+        row = node._neuronjit
+        _check(node, row, args, kwargs)
+        try:
+            out = _run(node, row, input_.unsqueeze(0), args, kwargs)
+        except (SpecError, InputTypeError) as error:
+            name = type(node).__name__
+            warn_once(
+                ("left", name, str(error)),
+                f"snnTorch runs an accelerated {name} itself: {error}",
+                UserWarning,
+            )
+            return super().forward(input_, *args, **kwargs)  # type: ignore[misc]
+        spikes = out.spikes[0].float()  # as snnTorch's, whatever the input's dtype
+        if node.init_hidden and not node.output:
+            return spikes
+        return (spikes, *(getattr(node, name) for name in row.states))
+
+
+class Sequence(torch.nn.Module):
+    """A neuron of snnTorch over a whole sequence: one kernel in place of a loop over time.
+
+    Options, parameters and states are the layer's, read at every call; it keeps the last states.
+    Its own `forward` and hooks do not run. `utils.reset(net)` looks for neurons among the direct
+    children of `net` only: where they stand in sequences, call `reset_mem`.
+
+    Args:
+        layer: snnTorch's Leaky, Synaptic, Alpha or Lapicque, accelerated or not.
+        every_state: return the states of all steps, `[T, N, *]`, in place of the last ones.
+
+    Raises:
+        InputTypeError: layer is no neuron of snnTorch.
+        SpecError: it is one that kernels cannot run; the message says why.
+    """
+
+    def __init__(self, layer: torch.nn.Module, *, every_state: bool = False) -> None:
+        super().__init__()
+        row = layer._neuronjit if isinstance(layer, Methods) else look(layer)
+        kind = type(layer).__name__
+        if row is None:
+            raise InputTypeError(f"layer must be a snnTorch {' or '.join(NODES)}, got {kind}")
+        if isinstance(row, str):
+            raise SpecError(f"no kernel can run this {kind}: {row}")
+        self.layer: Any = layer
+        self.row, self.every_state = row, every_state
+
+    def reset_mem(self) -> Any:
+        """Set the layer's states to zero, and return what its own `reset_mem` returns."""
+        return self.layer.reset_mem()
+
+    def forward(self, x_seq: Tensor, *args: Tensor | None, **kwargs: Tensor | None) -> Any:
+        """What the layer would return if it were called for each step of x_seq in turn.
+
+        Args:
+            x_seq: input `[T, N, *]`, time first; float32, float16, bfloat16 or float64.
+            *args, **kwargs: states to start from, `[N, *]`, in the layer's order or by its names;
+                where one is missing, the layer's own.
+
+        Returns:
+            Spikes `[T, N, *]` in float32, then each state after the last step `[N, *]` (after all
+            steps, `[T, N, *]`, with `every_state`). From a layer with init_hidden=True and
+            output=False, the spikes alone.
+
+        Raises:
+            SpecError, InputTypeError: as `multistep`; or the layer was changed into one that
+                kernels cannot run, or states were passed that it does not take.
+        """
+        node, row = self.layer, self.row
+        _check(node, row, args, kwargs)
+        out = _run(node, row, x_seq, args, kwargs, self.every_state)
+        spikes = out.spikes.float()
+        if node.init_hidden and not node.output:
+            return spikes
+        if self.every_state:
+            return (spikes, *(out.record["v" if n == "mem" else n] for n in row.states))
+        return (spikes, *(getattr(node, name) for name in row.states))
