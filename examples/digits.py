@@ -32,13 +32,6 @@ NEURONS = {name.lower(): getattr(nj.nn, name) for name in ("IF", "LIF", "PLIF", 
 NEURONS["izhikevich"] = nj.nn.Izhikevich
 
 
-class EachStep(nn.Sequential):
-    """Layers that know no time, applied to all steps of `[T, N, *]` at once."""
-
-    def forward(self, x_seq: Tensor) -> Tensor:
-        return super().forward(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])
-
-
 def make_net(neuron: str) -> nn.Sequential:
     """`[T, N, 1, 8, 8]` to `[T, N, 10]`: two convolutions and a dense layer that spike."""
 
@@ -46,13 +39,15 @@ def make_net(neuron: str) -> nn.Sequential:
         return NEURONS[neuron](detach_reset=True)
 
     return nn.Sequential(
-        EachStep(nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32, momentum=0.3)),
+        nj.nn.EachStep(
+            nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32, momentum=0.3)
+        ),
         spiking(),
-        EachStep(nn.AvgPool2d(2), nn.Conv2d(32, 64, 3, padding=1, bias=False)),
-        EachStep(nn.BatchNorm2d(64, momentum=0.3)),
+        nj.nn.EachStep(nn.AvgPool2d(2), nn.Conv2d(32, 64, 3, padding=1, bias=False)),
+        nj.nn.EachStep(nn.BatchNorm2d(64, momentum=0.3)),
         spiking(),
-        EachStep(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(256, 128, bias=False)),
-        EachStep(nn.BatchNorm1d(128, momentum=0.3)),
+        nj.nn.EachStep(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(256, 128, bias=False)),
+        nj.nn.EachStep(nn.BatchNorm1d(128, momentum=0.3)),
         spiking(),
         nn.Linear(128, 10),
     )
