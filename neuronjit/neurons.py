@@ -9,6 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputTypeError, SpecError, known
+from .language.parse import nearest
 from .models.model import NeuronModel
 
 if TYPE_CHECKING:
@@ -117,7 +118,9 @@ def by_name(name: str) -> NeuronModel:
     key = str(name).lower()
     if found := _SEED.get(key) or built_in().get(key):
         return found
-    raise SpecError(f"unknown neuron {ascii(name)[:80]}. {known(built_in())}")
+    meant = nearest(key[:80], built_in()) or "."
+    others = f"and {len(built_in()) - len(_SEED)} more: docs/neurons.md"
+    raise SpecError(f"unknown neuron {ascii(name)[:80]}{meant} {known(_SEED)}, {others}")
 
 
 def as_model(given: Any) -> NeuronModel:

@@ -181,7 +181,7 @@ def test_filters(tmp_path: Path) -> None:
     ]
     only = exported("b.cu", tmp_path, neurons=["lif"], directions=["forward"], decay_inputs=[False])
     assert all(symbol.startswith("lif_no_decay_forward") for symbol in only)
-    with pytest.raises(nj.SpecError, match=r"unknown neuron 'lfi'\. Known: .*lif"):
+    with pytest.raises(nj.SpecError, match=r"unknown neuron 'lfi'; did .*\? Known: .*lif"):
         nj.save_cuda_codes(tmp_path / "c.cu", neurons=["lfi"])
     with pytest.raises(nj.SpecError, match="no kernel"):
         nj.save_cuda_codes(tmp_path / "c.cu", neurons=[])

@@ -166,7 +166,7 @@ def test_repr_says_what_the_layer_is():
         (lambda: nn.IF(channels=0), "channels must be a positive int"),
         (lambda: nn.LIF(tau=torch.full((3,), 2.0), channels=4), "tau has 3 values, but channels=4"),
         (lambda: nn.Neuron("lif", reset="gentle"), "unknown reset 'gentle'. Known: hard, soft"),
-        (lambda: nn.Neuron("lief"), "unknown neuron 'lief'. Known: "),
+        (lambda: nn.Neuron("lief"), r"unknown neuron 'lief'; did you mean 'lif'\? Known: "),
         (lambda: nn.Neuron("lif", surrogate="atn"), "unknown surrogate 'atn'. Known: "),
     ],
     ids=range(19),
