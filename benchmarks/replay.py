@@ -135,6 +135,7 @@ def described() -> dict[str, dict[str, Any]]:
     fields = ("equations", "state", "params", "strict")
     return EQUATIONS | {
         name: {field: getattr(model, field) for field in fields}
+        | ({"inputs": model.inputs} if len(model.inputs) > 1 else {})
         for name, model in built_in.items()
         if name not in seed
     }

@@ -187,6 +187,20 @@ ADLIF = NeuronModel(
     about="LIF with an adaptation current w, soft reset. Bittar and Garner 2022, Frontiers in"
     " Neuroscience 16:865897; its w[t] is the w that is kept after step t - 1.",
 )
+DH_LIF = NeuronModel(
+    "dh_lif",
+    """
+    d = alpha * d + (1 - alpha) * x
+    d2 = alpha2 * d2 + (1 - alpha2) * x2
+    h = beta * v + (1 - beta) * (d + d2)
+    v = h - s * theta
+    """,
+    state=dict(v=0.0, d=0.0, d2=0.0),
+    params=dict(alpha=0.5, alpha2=0.9, beta=0.8),
+    inputs=("x", "x2"),
+    about="LIF with two dendritic branches, each with an input (x, x2) and a memory, soft"
+    " reset. Zheng et al. 2024, Nature Communications 15:277.",
+)
 ADEX = NeuronModel(
     "adex",
     """

@@ -170,8 +170,9 @@ def values(model: nj.NeuronModel, seed: int) -> dict[str, Tensor]:
     """A point of x, the states and the parameters, each a leaf; some x reach any threshold."""
     draw = torch.Generator().manual_seed(seed)
     found = {}
-    for name, middle in {"x": 0.4, **model.state, **model.params}.items():
-        spread = 1.5 if name == "x" else min(0.3, abs(middle) or 0.3)
+    middles = dict.fromkeys(model.inputs, 0.4) | {**model.state, **model.params}
+    for name, middle in middles.items():
+        spread = 1.5 if name in model.inputs else min(0.3, abs(middle) or 0.3)
         value = middle + spread * torch.randn((), generator=draw, dtype=torch.float64)
         found[name] = value.abs() if name in model.positive or name == "tau" else value
     if seed >= ORDINARY:

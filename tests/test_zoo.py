@@ -173,6 +173,14 @@ def adlif(x, z, p, k):
     return s, {"v": u - p.v_threshold * s, "w": p.beta * z.w + p.a * u + p.b * s}
 
 
+def dh_lif(x, z, p, k):
+    d = p.alpha * z.d + (1 - p.alpha) * x
+    d2 = p.alpha2 * z.d2 + (1 - p.alpha2) * p.x2
+    u = p.beta * z.v + (1 - p.beta) * (d + d2)
+    s = k.fire(u - p.v_threshold)
+    return s, {"v": u - s * p.v_threshold, "d": d, "d2": d2}
+
+
 def adex(x, z, p, k):
     rise = p.delta_T * torch.exp((z.v - p.theta_rh) / p.delta_T)
     h = z.v + (x - (z.v - p.v_rest) + rise - z.w) / p.tau
@@ -371,6 +379,7 @@ ROWS: dict[str, Row] = {
     "sliding_psn": Row(sliding_psn, slow=True),
     "alif": Row(alif, {"alpha": 0.7, "rho": 0.9, "beta": 0.5, "v_threshold": 0.3}),
     "adlif": Row(adlif, {"alpha": 0.6, "b": 0.2, "a": 0.1, "v_threshold": 0.2}),
+    "dh_lif": Row(dh_lif, {"beta": 0.4, "v_threshold": 0.4}),
     "adex": Row(adex, slow=True),  # benchmarks and other tests have it too
     "izhikevich_2003": Row(izhikevich_2003, {"dt": 0.5}, scale=60.0, slow=True),
     "raf": Row(raf, {"v_threshold": 0.3}, scale=1.5),
@@ -413,12 +422,19 @@ def numbers(name: str) -> dict[str, float]:
 
 
 def looped(
-    name: str, x: Tensor, start: Mapping[str, Tensor], params: Mapping[str, Tensor]
+    name: str,
+    x: Tensor,
+    start: Mapping[str, Tensor],
+    params: Mapping[str, Tensor],
+    others: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """What comes out and the last states; and which neurons [N] stay clear of every step."""
+    """What comes out and the last states; and which neurons [N] stay clear of every step.
+
+    `others` are the inputs besides x.
+    """
     k, z, out = Steps(BUILT_IN[name].strict), dict(start), []
-    p = Bag(**params)
-    for x_t in x:
+    for t, x_t in enumerate(x):
+        p = Bag(**params, **{n: sequence[t] for n, sequence in others.items()})
         y, z = ROWS[name].step(x_t, Bag(**z), p, k)
         out.append(y)
     clear = torch.ones(x.shape[1:], dtype=torch.bool)
@@ -436,19 +452,20 @@ def compare(
     spread = torch.linspace(0, 0.3, N, dtype=dtype)
     given = {"x": x, **{f"state {z}": spread + v for z, v in model.state.items()}}
     given |= {f"param {p}": torch.tensor(v, dtype=dtype) for p, v in numbers(name).items()}
+    given |= {f"input {n}": x.flip(0) for n in model.inputs[1:]}
 
-    def leaves(where: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    def leaves(where: str) -> tuple[dict[str, Tensor], ...]:
         made = {n: t.to(where, copy=True).requires_grad_() for n, t in given.items()}
         parts = (
             {n.removeprefix(f"{part} "): t for n, t in made.items() if n.startswith(f"{part} ")}
-            for part in ("state", "param")
+            for part in ("state", "param", "input")
         )
         return made, *parts
 
-    theirs, state, params = leaves("cpu")
-    want, clear = looped(name, theirs["x"], state, params)
-    ours, state, params = leaves(device)
-    result = nj.multistep(model, ours["x"], state, backend=backend, **params)
+    theirs, state, params, others = leaves("cpu")
+    want, clear = looped(name, theirs["x"], state, params, others)
+    ours, state, params, others = leaves(device)
+    result = nj.multistep(model, ours["x"], state, backend=backend, **params, **others)
     got = {"out": result.spikes, **result.state}
     assert clear.double().mean() > 0.8, "the inputs of this row sit on a step"
     fired = (want["out"] != 0).double().mean().item()
@@ -725,7 +742,8 @@ def test_as_the_peer(name: str, device: str) -> None:
     row, model = ROWS[name], BUILT_IN[name]
     x = inputs((T, N), scale=row.scale).to(device)
     state = {z: torch.full((N,), v) for z, v in model.state.items()}
-    _, clear = looped(name, x.cpu(), state, {k: torch.tensor(v) for k, v in numbers(name).items()})
+    params = {k: torch.tensor(v) for k, v in numbers(name).items()}
+    _, clear = looped(name, x.cpu(), state, params, {})
     mine, theirs = (x.clone().requires_grad_() for _ in range(2))
     got = nj.multistep(model, mine, surrogate=SLOPES.get(peer, "ATan"), **row.params).spikes
     want = run(theirs, numbers(name))
@@ -750,11 +768,13 @@ def test_as_a_layer(name: str) -> None:
     params = {p: value * factors for p, value in numbers(name).items()}
     options = dict(learnable=model.params, channels=channels, backend="eager")
     x = inputs((T, 4, channels, 5), scale=ROWS[name].scale)
+    others = [x.flip(0) for _ in model.inputs[1:]]
     whole = nj.nn.Neuron(name, **options, **params)
-    spikes = whole(x)
+    spikes = whole(x, *others)
     start = {z: torch.full_like(x[0], value) for z, value in model.state.items()}
     column = {p: value[:, None].requires_grad_() for p, value in params.items()}
-    want, clear = looped(name, x, start, column)
+    named = dict(zip(model.inputs[1:], others, strict=True))
+    want, clear = looped(name, x, start, column, named)
     assert clear.double().mean() > 0.7
     assert_near(spikes.detach() * clear, want["out"] * clear, 2e-5, "out")
 
@@ -765,9 +785,10 @@ def test_as_a_layer(name: str) -> None:
         assert_near(getattr(whole, p).grad, wanted[:, 0], 2e-5, f"gradient of {p}", floor=1.0)
 
     single = nj.nn.Neuron(model, step_mode="s", **options, **params)
-    steps = torch.stack([single(x_t) for x_t in x])
+    steps = torch.stack([single(*now) for now in zip(x, *others, strict=True)])
     whole.reset()
-    pieces = torch.cat([whole(x[:4]), whole(x[4:])])
+    parts = ([t[piece] for t in (x, *others)] for piece in (slice(0, 4), slice(4, T)))
+    pieces = torch.cat([whole(*part) for part in parts])
     assert torch.equal(spikes, steps) and torch.equal(spikes, pieces)
     for z in model.state:
         assert torch.equal(getattr(single, z), getattr(whole, z)), z
