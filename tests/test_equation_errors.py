@@ -24,7 +24,7 @@ MISTAKES = {
     # text: (line, the word that is shown, what else the message says)
     "h = v + x\ny = h + vv": (2, "vv", r"Known: .*\btau\b.*\bx\b"),
     "h = v + X": (1, "X", "Known"),
-    "\n\nh = v + x\n\ny = foo(h)": (5, "foo(h)", r"Known: abs, atan, .*where"),
+    "\n\nh = v + x\n\ny = foo(h)": (5, "foo(h)", r"Known: abs, add_grad, atan, .*where"),
     "h = v + exp()": (1, "exp()", "1"),
     "h = v + x / taw": (1, "taw", "column 13.*did you mean 'tau'"),
     "  h = v\n  y = (h + 2 * X)": (2, "X", "line 2, column 16: 'X'.*did you mean 'x'"),
