@@ -80,9 +80,9 @@ def network(name: str, whose: str, layout: str) -> nn.Module:
     functional.set_step_mode(net, "m")
     for parent in list(net.modules()):
         for key, child in list(parent.named_children()):
-            if "Dropout" in type(child).__name__ or (
-                whose == "none" and isinstance(child, neuron.BaseNode)
-            ):  # a mask of its own from call to call
+            neurons = whose == "none" and isinstance(child, neuron.BaseNode)
+            # Dropout of SpikingJelly's keeps a mask from call to call
+            if neurons or "Dropout" in type(child).__name__:
                 setattr(parent, key, nn.Identity())
     if whose == "neuronjit":
         nj.accelerate(net, strict=True)
