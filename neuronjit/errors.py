@@ -80,7 +80,7 @@ def expect_number(
     Raises InputTypeError for what is none, SpecError for one that is greater than `most` or NaN.
     """
     try:
-        if isinstance(value, bool | str | bytes):
+        if isinstance(value, (bool, str, bytes)):
             raise TypeError
         number = float(value)
     except OverflowError:

@@ -45,6 +45,7 @@ VERSION = 4  # of the text and of what the operators return: compilers keep grap
 
 
 # --- making a graph: traced by Dynamo, so plain Python on names, numbers and tensors --------------
+# (and no `isinstance(value, int | float)`, which torch 2.6's Dynamo does not know)
 
 
 def multistep(
@@ -85,7 +86,7 @@ def multistep(
 
 def _constant(value: Any, x: Tensor) -> Any:
     """A number that changes from call to call as a tensor, so that it is no part of the graph."""
-    if isinstance(value, int | float) and not has_static_value(value):
+    if isinstance(value, (int, float)) and not has_static_value(value):
         return x.new_zeros((), dtype=checks.arithmetic(x.dtype)) + value
     return value
 
