@@ -1,4 +1,4 @@
-"""Batch norm and neuron (and residual), apart and in one kernel each way; a GPU is needed.
+"""Batch norm and neuron (and residual), apart and in the neuron's kernels; a GPU is needed.
 
 Forward and backward of a training step, as one CUDA graph, in passes: the time in which half a
 device copy of x is made. 8 are the fewest with training statistics, 9 with a residual.

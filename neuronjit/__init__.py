@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import neuron_kernel, neurons, nn, surrogates
 from .errors import (
     AccelerationError,
@@ -15,9 +18,7 @@ from .errors import (
     NeuronJitError,
     SpecError,
 )
-from .explanation import Explanation, explain
 from .export import render, save_cuda_codes
-from .integrations.accelerate import accelerate, restore
 from .kernels.build import stats
 from .models.model import NeuronModel
 from .models.surrogate import Surrogate
@@ -29,8 +30,21 @@ from .neuron_kernel import (
     multistep_plif_ptt,
     multistep_qif_ptt,
 )
-from .plotting import plot
 from .run.autograd import Output, multistep
+
+if TYPE_CHECKING:
+    from .explanation import Explanation, explain
+    from .integrations.accelerate import accelerate, restore
+    from .plotting import plot
+
+# what a training run may never ask for is imported when it is asked for
+_LATER = {
+    "Explanation": "explanation",
+    "accelerate": "integrations.accelerate",
+    "explain": "explanation",
+    "plot": "plotting",
+    "restore": "integrations.accelerate",
+}
 
 __version__ = "0.1.0"
 
@@ -68,3 +82,14 @@ __all__ = [
     "stats",
     "surrogates",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+    return globals().setdefault(name, found)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LATER])

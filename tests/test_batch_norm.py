@@ -196,6 +196,71 @@ def test_fuse_and_unfuse() -> None:
     torch.testing.assert_close(fused(x), want, rtol=1e-3, atol=1e-3)
 
 
+def test_fuse_leaves_alone_what_it_cannot_see_through() -> None:
+    class Block(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + x
+
+    class Shifted(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1.0
+
+    each, norm, relu, lif = nj.nn.EachStep, nn.BatchNorm2d, nn.ReLU(), nj.nn.LIF
+    shared = norm(2)
+    for net in (
+        Block(each(norm(2)), lif()),
+        nn.Sequential(each(Shifted(2)), lif()),
+        nn.Sequential(each(shared), lif(), each(shared), nn.ReLU()),
+        nn.Sequential(relu, each(norm(2)), relu, lif()),  # the relu is there twice
+        nn.Sequential(each(relu, norm(2), relu), lif()),
+        nn.Sequential(each(norm(2)), nj.nn.LIFNode()),
+        nn.ModuleDict({"norm": norm(2), "neuron": lif()}),
+    ):
+        assert nj.nn.fuse(net) == 0
+    assert nj.nn.fuse(nn.Sequential(nn.Sequential(each(norm(2)), lif()), lif())) == 1
+
+
+def test_a_forgotten_reset_is_named() -> None:
+    fused = nj.nn.NormedNeuron(nn.BatchNorm2d(3), nj.nn.LIF())
+    x = sequence((2, 2, 3, 4, 4), 1).float().requires_grad_()
+    fused(x).sum().backward()
+    with pytest.raises(RuntimeError, match=r"the state of LIF was carried over .* call reset_net"):
+        fused(x).sum().backward()
+    fused.neuron.reset()
+    (grad,) = torch.autograd.grad(fused(x).sum(), x, create_graph=True)
+    with pytest.raises(nj.DifferentiationError, match="first derivatives only"):
+        grad.sum().backward()
+
+
+@pytest.mark.peers("spikingjelly")
+@pytest.mark.parametrize("pays", [True, False])
+def test_norms_of_spikingjelly(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from spikingjelly.activation_based import layer
+
+    monkeypatch.setattr(batch_norm, "_pays", lambda x: pays)
+    made = (layer.BatchNorm2d(3, step_mode="m"), layer.ThresholdDependentBatchNorm2d(1.0, 0.5, 3))
+    for norm in made:
+        theirs, x = copy.deepcopy(norm), sequence((4, 2, 3, 5, 5), 1).float()
+        want = nj.nn.LIF(surrogate=SMOOTH)(theirs(x))
+        got = nj.nn.NormedNeuron(norm, nj.nn.LIF(surrogate=SMOOTH))(x)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(norm.running_var, theirs.running_var)
+
+
+def test_without_kernels() -> None:
+    """In eager PyTorch, the same."""
+    x = sequence((4, 2, 3, 5, 5), 1)
+    found = []
+    for backend in ("cpu", "eager"):
+        norm = norm_of((4, 2, 3, 5, 5)).double()
+        fused = nj.nn.NormedNeuron(norm, nj.nn.LIF(surrogate=SMOOTH, backend=backend), "after")
+        leaves = [x.clone().requires_grad_(), (x * 0.5).requires_grad_(), *norm.parameters()]
+        out = fused(*leaves[:2])
+        grads = torch.autograd.grad(out.square().sum(), leaves)
+        found.append([out.detach(), *grads, *norm.buffers()])
+    torch.testing.assert_close(*found)
+
+
 def test_in_a_graph() -> None:
     for train in (True, False):
         net = nj.nn.NormedNeuron(norm_of((4, 3, 6)), nj.nn.LIF(surrogate=SMOOTH)).train(train)

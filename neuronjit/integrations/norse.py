@@ -20,6 +20,7 @@ from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
 from ..run.autograd import multistep
 from ..settings import warn_once
+from . import classes
 
 PACKAGE, TESTED = "norse", "1.1.0"
 _FAMILY = "norse.torch.module."
@@ -113,27 +114,20 @@ _DYNAMICS = ("__call__", "forward")
 
 def known(kind: type) -> type | None:
     """Norse's class, of which there is a row, that this one is or was derived from."""
-    mine = (base for base in kind.__mro__ if base.__module__.startswith(_FAMILY))
-    return next((base for base in mine if base.__name__ in NODES), None)
+    return classes.known(kind, _FAMILY, NODES)
 
 
 def look(module: torch.nn.Module) -> Row | str | None:
     """The row of a module that can be swapped, why it cannot be, or None: it is no neuron."""
     kind = type(module)
-    family = [base.__name__ for base in kind.__mro__ if base.__module__.startswith(_FAMILY)]
-    if not any(name in _NEURONS for name in family):
+    if not any(base.__name__ in _NEURONS for base in classes.family(kind, _FAMILY)):
         return None
     base = known(kind)
     if base is None:
         why = "it is recurrent" if "Recurrent" in kind.__name__ else "no equations for it"
         return f"{why}; there are some for {', '.join(NODES)}"
-    own = [
-        name
-        for name in _DYNAMICS
-        if getattr(kind, name, None) is not getattr(base, name, None) or name in vars(module)
-    ]
-    if own:
-        return f"dynamics of its own: {kind.__name__} overrides {', '.join(own)}"
+    if why := classes.own_dynamics(module, base, _DYNAMICS):
+        return why
     row = NODES[base.__name__]
     try:
         _read(module, row)

@@ -8,7 +8,6 @@ Nothing here imports it: whoever passes one of its nodes has.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from ..models.surrogate import Surrogate
 from ..run.autograd import Output, multistep, note_carried
 from ..settings import warn_once
 from ..surrogates import StraightThrough, as_surrogate
+from . import classes
 
 PACKAGE, TESTED = "spikingjelly", "2.0.0"
 _NEURONS = ("spikingjelly.activation_based.neuron", "spikingjelly.clock_driven.neuron")
@@ -173,32 +173,23 @@ _DYNAMICS = (
 )  # fmt: skip
 
 
-def _family(kind: type) -> list[type]:
-    return [base for base in kind.__mro__ if base.__module__.startswith(_NEURONS)]
-
-
 def known(kind: type) -> type | None:
     """SpikingJelly's class, of which there is a row, that this one is or was derived from."""
-    return next((base for base in _family(kind) if base.__name__ in NODES), None)
+    return classes.known(kind, _NEURONS, NODES)
 
 
 def look(module: torch.nn.Module) -> Row | str | None:
     """The row of a node that can be swapped, why a neuron cannot be, or None: it is no neuron."""
     kind = type(module)
-    if not _family(kind):
+    if not classes.family(kind, _NEURONS):
         return None
     base = known(kind)
     if base is None:
         return f"no equations for it; there are some for {', '.join(NODES)}"
     if not hasattr(base, "single_step_functional_forward"):
         return f"an older SpikingJelly, without functional forwards; {TESTED} is known"
-    own = [
-        name
-        for name in _DYNAMICS
-        if getattr(kind, name, None) is not getattr(base, name, None) or name in vars(module)
-    ]
-    if own:
-        return f"dynamics of its own: {kind.__name__} overrides {', '.join(own)}"
+    if why := classes.own_dynamics(module, base, _DYNAMICS):
+        return why
     row = NODES[base.__name__]
     return _why_not(module, row) or row
 
@@ -296,14 +287,12 @@ class Methods:
 # --- our own layers among SpikingJelly's ----------------------------------------------------------
 
 
-def adopted(kind: type) -> type:
-    """A class of layers of ours as a MemoryModule too, if SpikingJelly is imported.
+def adopted(kind: Any, memory_module: type | None) -> Any:
+    """A class of layers of ours as SpikingJelly's MemoryModule too.
 
     Its memopt and `to_functional_forward` find states in nothing else, and its `reset_net`,
     `detach_net` and `set_step_mode` log a warning of every other module that has these methods.
     """
-    base = sys.modules.get("spikingjelly.activation_based.base")
-    memory_module = getattr(base, "MemoryModule", None)
     if memory_module is None or issubclass(kind, memory_module):
         return kind
     return _adopted(kind, memory_module)

@@ -256,10 +256,11 @@ class KernelSpec:
                 Group("const real*", "last_grad", states),
                 Group("real*", "start_grad", states),
                 Group("const real*", "checkpoints"),
-                *(
-                    [Group("real*", "channel_partials", None if self.each_learned else ())]
-                    if self.by_channel
-                    else [Group("real*", "each_grad", self.each_learned)]
+                Group("real*", "each_grad", () if self.by_channel else self.each_learned),
+                Group(
+                    "real*",
+                    "channel_partials",
+                    None if self.by_channel and self.each_learned else (),
                 ),
                 Group("real*", "partials", None if self.summed else ()),
             ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import InputTypeError, SpecError
 from ..models.model import NeuronModel
+from ..run import checks
 from ..run.autograd import multistep
 from ..run.call import Output
 from ..run.normed import batch_statistics, multistep_normed
@@ -48,10 +50,11 @@ class EachStep(torch.nn.Sequential):
 
 
 class NormedNeuron(Module):
-    """A batch norm, a neuron, and perhaps a residual: one kernel each way, exact.
+    """A batch norm, a neuron, and perhaps a residual, in the neuron's kernels; exact.
 
-    In training the statistics are those of all time steps and samples, in one pass; backward
-    recomputes, so nothing is kept but x. Parameters and buffers stay those of the two modules.
+    In training the statistics are those of all time steps and samples. Backward recomputes, so
+    what is kept for it is x (and the residual). Parameters and buffers stay those of the modules.
+    Where the two apart are as fast, which depends on sizes and layout, they run apart.
 
     Args:
         norm: a torch.nn.BatchNorm1d, 2d or 3d (SpikingJelly's too), in training or evaluation.
@@ -89,11 +92,13 @@ class Norm:
 
     def multistep(self, model: NeuronModel, x: Tensor, state: Any, **given: Any) -> Output:
         """As `neuronjit.multistep`, of the normalised x."""
-        if is_compiling() or not _pays(x):  # compilers see two operations, and may fuse their own
+        self._check(x)
+        # compilers see two operations, and may fuse their own
+        if is_compiling() or checks.is_traced(x) or not _pays(x):
             return self._apart(model, x, state, given)
         names = ("surrogate", "reset", "detach_reset", "record", "backend")
         options = {name: given.pop(name) for name in names}
-        mean, invstd, eps = self._statistics(x)
+        mean, invstd, eps = self._statistics(x, options["backend"])
         return multistep_normed(
             model, x, state, mean=mean, invstd=invstd, weight=self.norm.weight,
             bias=self.norm.bias, eps=eps, skip=given.pop("skip", None), residual=self.residual,
@@ -103,21 +108,24 @@ class Norm:
     def _apart(self, model: NeuronModel, x: Tensor, state: Any, given: dict[str, Any]) -> Output:
         """The batch norm, the neuron and the residual one after the other."""
         skip = given.pop("skip", None)
-        forward = type(self.norm).forward  # of the class: fuse() has hidden it from the instance
-        x = forward(self.norm, x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        # torch's: fuse() has hidden the instance's, and SpikingJelly's asks for its step_mode
+        x = _BatchNorm.forward(self.norm, x.flatten(0, 1)).unflatten(0, x.shape[:2])
         out = multistep(model, x + skip if self.residual == "before" else x, state, **given)
         if self.residual != "after":
             return out
         return out._replace(spikes=out.spikes + skip)
 
-    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, float | None]:
-        """As torch.nn.BatchNorm's forward: what normalises x; running statistics are brought on."""
+    def _check(self, x: Tensor) -> None:
         norm = self.norm
         if x.dim() < 3 or x.shape[2] != norm.num_features:
             raise SpecError(
                 f"the batch norm has {norm.num_features} features, so x_seq must be"
                 f" [T, N, {norm.num_features}, *], got {list(x.shape)}"
             )
+
+    def _statistics(self, x: Tensor, backend: str | None) -> tuple[Tensor, Tensor, float | None]:
+        """As torch.nn.BatchNorm's forward: what normalises x; running statistics are brought on."""
+        norm = self.norm
         if not norm.training and norm.running_mean is not None:
             return norm.running_mean, torch.rsqrt(norm.running_var + norm.eps), None
         count = x.numel() // norm.num_features
@@ -132,7 +140,7 @@ class Norm:
                 running = norm.running_mean, norm.running_var
                 if momentum is None:
                     momentum = 1.0 / float(norm.num_batches_tracked)
-            mean, invstd = batch_statistics(x, norm.eps, running, momentum or 0.0)
+            mean, invstd = batch_statistics(x, norm.eps, running, momentum or 0.0, backend)
         return mean, invstd, norm.eps
 
 
@@ -140,11 +148,17 @@ def fuse(net: Module) -> int:
     """Run each batch norm of `net` that a neuron follows in that neuron's kernels; how many.
 
     Where they follow each other is read off torch.nn.Sequential, and where the norm is the last
-    of an `EachStep` (or SpikingJelly's SeqToANNContainer) before the neuron. Parameters, buffers
-    and the keys of `state_dict` stay; `unfuse` undoes it. For blocks with a forward of their own,
-    and residuals, there is `NormedNeuron`.
+    of an `EachStep` (or SpikingJelly's SeqToANNContainer) before the neuron. Containers with a
+    forward of their own, and modules that stand in several places, are left alone. Parameters,
+    buffers and the keys of `state_dict` stay; `unfuse` undoes it. For blocks and residuals there
+    is `NormedNeuron`.
     """
-    pairs = [pair for pair in _pairs(net) if not _why_not(*pair)]
+    places = Counter(id(module) for _, module in net.named_modules(remove_duplicate=False))
+    pairs = [
+        pair
+        for pair in _pairs(net)
+        if all(places[id(module)] == 1 for module in pair) and not _why_not(*pair)
+    ]
     for norm, neuron in pairs:
         neuron._norm = Norm(norm, neuron)
         norm.forward = _as_it_is
@@ -169,15 +183,23 @@ def _as_it_is(x: Tensor) -> Tensor:
 def _pairs(net: Module) -> Iterator[tuple[Any, Any]]:
     """Batch norms and neurons that follow each other."""
     for container in net.modules():
-        if isinstance(container, torch.nn.Sequential) and not _folds(container):
-            for first, second in itertools.pairwise(container):
-                folded = list(first.children()) if _folds(first) else [first]
+        if type(container).forward is torch.nn.Sequential.forward:
+            # not children(), which leaves out what stands there twice
+            for first, second in itertools.pairwise(container._modules.values()):
+                folded = [*first._modules.values()] if first and _folds(first) else [first]
                 yield (folded or [first])[-1], second
 
 
 def _folds(module: Module) -> bool:
     """Whether a container folds time into the batch."""
-    return isinstance(module, EachStep) or type(module).__name__ == "SeqToANNContainer"
+    forward = type(module).forward
+    return forward is EachStep.forward or (
+        forward.__qualname__ == "SeqToANNContainer.forward" and _is_spikingjellys(forward)
+    )
+
+
+def _is_spikingjellys(method: Any) -> bool:
+    return str(method.__module__).startswith("spikingjelly.")
 
 
 def _why_not(norm: Module, neuron: Module) -> str:
@@ -186,6 +208,9 @@ def _why_not(norm: Module, neuron: Module) -> str:
         raise InputTypeError("a batch norm and a neuron are modules")
     if not isinstance(norm, _BatchNorm) or isinstance(norm, torch.nn.SyncBatchNorm):
         return f"{type(norm).__name__} is no BatchNorm1d, 2d or 3d of one process"
+    forward = type(norm).forward
+    if "forward" in vars(norm) or not (forward is _BatchNorm.forward or _is_spikingjellys(forward)):
+        return f"{type(norm).__name__} has a forward of its own"
     if isinstance(norm, torch.nn.modules.lazy.LazyModuleMixin) and norm.has_uninitialized_params():
         return f"{type(norm).__name__} has not seen an input yet"
     if not isinstance(neuron, Neuron):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from ..errors import SpecError, known
-from ..integrations.spikingjelly import adopted
 from ..models.block import RESETS
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
@@ -54,7 +54,12 @@ class Neuron(torch.nn.Module):
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
         """An instance that SpikingJelly, where it is imported, takes for a module of its own."""
-        return super().__new__(adopted(cls))
+        base = sys.modules.get("spikingjelly.activation_based.base")
+        if base is None:
+            return super().__new__(cls)
+        from ..integrations.spikingjelly import adopted
+
+        return super().__new__(adopted(cls, getattr(base, "MemoryModule", None)))
 
     def __init__(
         self,
@@ -196,8 +201,8 @@ class Neuron(torch.nn.Module):
         state: Mapping[str, Any],
         record: tuple[str, ...],
     ) -> Output:
-        names = self.model.inputs[1:]
         run: Callable[..., Output] = multistep
+        names = self.model.inputs[1:]
         if self._norm is not None:
             names, run = (*names, *self._norm.inputs), self._norm.multistep
         if len(inputs) != len(names):
@@ -222,7 +227,8 @@ class Neuron(torch.nn.Module):
                     value = self._per_channel(value, x) if self.channels is not None else value
                     value = value.expand(x.shape[1:])
                 start[name] = value
-        params.update(zip(names, inputs, strict=True))
+        if inputs:
+            params.update(zip(names, inputs, strict=True))
         return run(
             self.model, x, start, surrogate=self.surrogate_function, reset=self.reset_mode,
             detach_reset=self.detach_reset, record=record, backend=self._target(), **params,

@@ -94,12 +94,14 @@ def multistep(
         state = as_state(state)
     if backend is None:
         backend = settings.backend()
-    asked = (
-        model, x_seq, state, surrogate, reset, detach_reset, record, final_state, backend, params,
-    )  # fmt: skip
-    plan, tensors = find(*asked)
+    plan, tensors = find(
+        model, x_seq, state, surrogate, reset, detach_reset, record, final_state, backend, params
+    )
     if plan is None:  # FakeTensor and its like: shapes without numbers
-        return _in_a_graph(*asked)
+        return _in_a_graph(
+            model, x_seq, state, surrogate, reset, detach_reset, record, final_state, backend,
+            params,
+        )  # fmt: skip
     return run(plan, x_seq, tensors)
 
 
@@ -151,7 +153,7 @@ def run(plan: KernelPlan | EagerPlan, x: Tensor, tensors: Sequence[Tensor]) -> O
     if isinstance(plan, EagerPlan):
         return plan.run(x, tensors)
     try:
-        return output(plan.call, _run(plan, x, tensors))
+        return output(plan.call, apply(plan, x, tensors))
     except (BackendError, CompileError) as error:
         return fall_back(plan, error).run(x, tensors)
     except RuntimeError as error:
@@ -171,7 +173,8 @@ def _explain(error: RuntimeError) -> NoReturn:
     raise error
 
 
-def _run(plan: KernelPlan, x: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def apply(plan: Any, x: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The outputs of a KernelPlan, or of what has its methods, with its backward for autograd."""
     if has_tangents():
         checks.check_no_tangents(x, *tensors)
     x, tensors = plan.prepare(x, tensors)
@@ -181,7 +184,7 @@ def _run(plan: KernelPlan, x: Tensor, tensors: Sequence[Tensor]) -> Sequence[Ten
         if transformed():  # torch.func refuses, and says so
             return _Multistep.apply(plan, x, *tensors)  # type: ignore[no-any-return, no-untyped-call]
         return _apply(plan, x, *tensors)  # type: ignore[no-any-return]
-    return plan.forward(x, tensors, save=False)[0]
+    return plan.forward(x, tensors, save=False)[0]  # type: ignore[no-any-return]
 
 
 class _Multistep(torch.autograd.Function):
