@@ -126,8 +126,8 @@ def look(module: torch.nn.Module) -> Row | str | None:
     if base is None:
         why = "it is recurrent" if "Recurrent" in kind.__name__ else "no equations for it"
         return f"{why}; there are some for {', '.join(NODES)}"
-    if why := classes.own_dynamics(module, base, _DYNAMICS):
-        return why
+    if changed := classes.own_dynamics(module, base, _DYNAMICS):
+        return changed
     row = NODES[base.__name__]
     try:
         _read(module, row)

@@ -198,8 +198,8 @@ def look(module: torch.nn.Module) -> Row | str | None:
         return f"{why}; there are some for {', '.join(NODES)}"
     if not hasattr(module, "state_function") or not hasattr(module, "graded_spikes_factor"):
         return f"an older snnTorch; {TESTED} is known"
-    if why := classes.own_dynamics(module, base, _DYNAMICS):
-        return why
+    if changed := classes.own_dynamics(module, base, _DYNAMICS):
+        return changed
     try:
         _read(module, NODES[base.__name__])
     except NeuronJitError as error:

@@ -188,8 +188,8 @@ def look(module: torch.nn.Module) -> Row | str | None:
         return f"no equations for it; there are some for {', '.join(NODES)}"
     if not hasattr(base, "single_step_functional_forward"):
         return f"an older SpikingJelly, without functional forwards; {TESTED} is known"
-    if why := classes.own_dynamics(module, base, _DYNAMICS):
-        return why
+    if changed := classes.own_dynamics(module, base, _DYNAMICS):
+        return changed
     row = NODES[base.__name__]
     return _why_not(module, row) or row
 
