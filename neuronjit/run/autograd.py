@@ -117,7 +117,10 @@ def find(
     backend: str,
     params: dict[str, Any],
 ) -> tuple[Any, Sequence[Tensor]]:
-    """The plan of a call and its tensors; the plan is None for tensors without numbers."""
+    """The plan of a call and its tensors; the plan is None for tensors without numbers.
+
+    Raises what `multistep` says it raises.
+    """
     tensors: list[Tensor] = []
     key: tuple[Any, ...]
     try:
