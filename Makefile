@@ -3,9 +3,11 @@
 # make test-slow   the exhaustive grids behind the marker "slow"; CI runs them after the rest
 # make replay   compares the kernels with those of the merge base; REPLAY_ARGS="--base REV --strict" asks for others
 # make golden   writes the renders of tests/golden anew
+# CUDA=cuda13 takes CuPy and NVRTC for CUDA 13, where the torch that pip finds is built for it
 # PYTHON=python3.12 picks the interpreter, VENV=dir the environment, PYTEST_ARGS="-k lif" the tests.
 PYTHON ?= python3
 VENV ?= .venv
+CUDA ?= cuda12
 PYTEST_ARGS ?= -n 2 -m "not slow"
 
 run := $(VENV)/bin/python -m
@@ -15,7 +17,7 @@ pip := $(run) pip install --disable-pip-version-check -c constraints.txt
 ifeq ($(shell uname -s),Darwin)
 test_extras := test,examples
 else
-test_extras := test,examples,cuda12
+test_extras := test,examples,$(CUDA)
 endif
 
 .PHONY: demo test check test-slow replay golden format clean
