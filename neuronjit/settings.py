@@ -67,6 +67,16 @@ def backend() -> str:
     return os.environ.get("NEURONJIT_BACKEND") or "auto"
 
 
+def front_end() -> str:
+    """NEURONJIT_FRONT_END: "compiled" runs warm calls in C++, anything else in Python."""
+    asked = os.environ.get("NEURONJIT_FRONT_END") or "python"
+    if asked not in ("python", "compiled"):
+        what = f"NEURONJIT_FRONT_END={ascii(asked)[:80]} is neither 'python' nor 'compiled'"
+        warn_once(("NEURONJIT_FRONT_END", asked), what, UserWarning)
+        return "python"
+    return asked
+
+
 def no_compile() -> bool:
     """Whether NEURONJIT_NO_COMPILE forbids compiling."""
     return os.environ.get("NEURONJIT_NO_COMPILE", "0") not in ("", "0")

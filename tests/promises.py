@@ -416,7 +416,7 @@ def _library(code, number):
 
 def p9_many(directory, kernels):
     """Many shared objects in one process, evicted and loaded again: which one answers?"""
-    from neuronjit.kernels.targets.cpu import _dlopen
+    from neuronjit.kernels.targets.cpu import dlopen
 
     code = shared_object(directory)
     use(Path(directory, "cache"))
@@ -424,7 +424,7 @@ def p9_many(directory, kernels):
     for turn in range(2):
         for number in range(kernels):
             entry = store.load_or_make(key(number), lambda number=number: _library(code, number))
-            libraries.append(_dlopen(entry.binary))
+            libraries.append(dlopen(entry.binary))
             wrong += libraries[-1].answer() != number
         if turn == 0:
             admin.clear()
@@ -436,7 +436,7 @@ def p9_many(directory, kernels):
 
 def p16_cost(directory, times=200):
     """The first load of a 32 KB kernel in a process, in microseconds: medians."""
-    from neuronjit.kernels.targets.cpu import _dlopen
+    from neuronjit.kernels.targets.cpu import dlopen
 
     code = shared_object(directory)
     use(Path(directory, "cache"))
@@ -456,8 +456,8 @@ def p16_cost(directory, times=200):
         "bytes": len(stored),
         "open, judge, read, check": median(lambda: store.load(entry.key)),
         "of this SHA-256": median(lambda: hashlib.sha256(stored).digest()),
-        "memfd and dlopen": median(lambda: _dlopen(entry.binary)),
-        "all": median(lambda: _dlopen(store.load(entry.key).binary)),
+        "memfd and dlopen": median(lambda: dlopen(entry.binary)),
+        "all": median(lambda: dlopen(store.load(entry.key).binary)),
     }
 
 

@@ -106,7 +106,7 @@ def _obtain(spec: KernelSpec, arch: str, use: Callable[[bytes], Used]) -> tuple[
         nonlocal compiled
         compiled = True
         text = render_specs([spec])
-        with _told(spec.symbol):
+        with told(f"kernel {spec.symbol}"):
             binary = target.compile(text, spec.symbol, arch, spec.is_large)
         used[:] = [use(binary)]
         return store.Entry(key, _meta(spec, arch, fingerprint), text, binary)
@@ -132,10 +132,10 @@ def _obtain(spec: KernelSpec, arch: str, use: Callable[[bytes], Used]) -> tuple[
 
 
 @contextmanager
-def _told(symbol: str) -> Iterator[None]:
+def told(what: str) -> Iterator[None]:
     """Say so where compiling takes long: somebody waits."""
-    text = "compiling kernel %s takes more than %.0f s; it is done once, and kept in the cache"
-    timer = threading.Timer(TELL_AFTER_S, _log.warning, (text, symbol, TELL_AFTER_S))
+    text = "compiling %s takes more than %.0f s; it is done once, and kept in the cache"
+    timer = threading.Timer(TELL_AFTER_S, _log.warning, (text, what, TELL_AFTER_S))
     timer.daemon = True
     with suppress(RuntimeError):  # no more threads
         timer.start()

@@ -15,16 +15,16 @@ from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
 from ..neurons import as_model
 from ..surrogates import ATan, as_surrogate
-from ..torch_private import direct_apply, has_tangents, is_batched, tracing, transformed
-from . import checks
+from ..torch_private import direct_apply, has_tangents, tracing, transformed
+from . import checks, front_end
 from .call import Output, as_names, as_state, glance, key_of, settle, signature, tensors_of
 from .plan import (
     EagerPlan,
     KernelPlan,
-    backward,
     fall_back,
+    gradients,
+    is_gone,
     keep,
-    once,
     output,
     plan_for,
     plans,
@@ -181,6 +181,10 @@ def apply(plan: Any, x: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     if has_tangents():
         checks.check_no_tangents(x, *tensors)
     x, tensors = plan.prepare(x, tensors)
+    if plan.compiled is not None and not (transformed() or tracing()):
+        outputs = plan.compiled.call(plan, x, tensors)
+        if outputs is not None:
+            return outputs  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and (
         x.requires_grad or any([t.requires_grad for t in tensors])  # noqa: C419 a list is faster
     ):
@@ -205,18 +209,14 @@ class _Multistep(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         try:
             x, checkpoints, *tensors = ctx.saved_tensors
-        except RuntimeError as error:  # freed by an earlier backward
-            raise _graph_is_gone(ctx, grads, error) from None
+        except RuntimeError:  # freed by an earlier backward, perhaps
+            if layer := getattr(ctx, "carried_by", ""):
+                is_gone(ctx.plan, layer, grads)
+            raise
         wanted = ctx.needs_input_grad[1:]
         if all(grad is None for grad in grads):
             return (None, *(None for _ in wanted))
-        if any([is_batched(grad) for grad in grads if grad is not None]):  # noqa: C419 as above
-            raise checks.no_transforms("is_grads_batched=True")
-        results = backward(ctx.plan, x, checkpoints, tensors, grads, wanted)
-        if torch.is_grad_enabled():  # create_graph: an error only if somebody differentiates again
-            arrived = [grad for grad in grads if grad is not None]
-            results = once(results, [x, *arrived, *tensors])
-        return (None, *results)
+        return (None, *gradients(ctx.plan, x, checkpoints, tensors, grads, wanted))
 
 
 def note_carried(state: Tensor, layer: str) -> None:
@@ -224,20 +224,8 @@ def note_carried(state: Tensor, layer: str) -> None:
     node: Any = state.grad_fn
     if getattr(node, "_forward_cls", None) is _Multistep:
         node.carried_by = layer
-
-
-def _graph_is_gone(ctx: Any, grads: Sequence[Tensor | None], error: RuntimeError) -> RuntimeError:
-    """The error for a state that was carried over; torch's own for any other second backward."""
-    layer = getattr(ctx, "carried_by", None)
-    states = grads[1 : 1 + len(ctx.plan.final)]
-    others = (grads[0], *grads[1 + len(ctx.plan.final) :])
-    only_states = any(g is not None for g in states) and all(g is None for g in others)
-    if layer is None or not only_states:
-        return error
-    return RuntimeError(
-        f"the state of {layer} was carried over from the last call and its graph is gone: call"
-        " reset_net(net) (or detach_net(net)) between batches"
-    )
+    else:
+        front_end.note_carried(state, layer)
 
 
 # outside of torch.func; within it, the usual apply says what is wrong

@@ -47,8 +47,7 @@ def outermost_first(strides: Sequence[int]) -> list[int]:
 
 def shared_by_neurons(shape: Sequence[int], sequence: Sequence[int]) -> bool:
     """Whether an input of this shape has one number a step, where x_seq has shape `sequence`."""
-    padded = (1,) * (len(sequence) - len(shape)) + tuple(shape)
-    return all(size == 1 for size in padded[1:])
+    return all(size == 1 for size in padded(shape, sequence)[1:])
 
 
 class Repeat(NamedTuple):
@@ -62,26 +61,27 @@ class Repeat(NamedTuple):
         """The parameter's numbers in the order in which the kernel counts them."""
         if self.order is None:
             return in_layout(tensor.expand(tuple(shape)), shape, strides)
-        tensor = tensor.reshape(self._padded(tensor.shape, shape))
+        tensor = tensor.reshape(padded(tensor.shape, shape))
         return tensor.permute(self.order).contiguous()
 
     def back(self, numbers: Tensor, given: Sequence[int], shape: Sequence[int]) -> Tensor:
         """What `elements` puts in the kernel's order, back in the parameter's shape."""
         order = self.order or tuple(range(len(shape)))
-        padded = self._padded(given, shape)
-        numbers = numbers.reshape([padded[d] for d in order])
+        sizes = padded(given, shape)
+        numbers = numbers.reshape([sizes[d] for d in order])
         return numbers.permute([order.index(d) for d in range(len(order))]).reshape(tuple(given))
 
-    @staticmethod
-    def _padded(given: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
-        return (1,) * (len(shape) - len(given)) + tuple(given)
+
+def padded(given: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of what broadcasts to `shape`, in as many dimensions."""
+    return (1,) * (len(shape) - len(given)) + tuple(given)
 
 
 def repeat(param: Sequence[int], shape: Sequence[int], strides: Sequence[int]) -> Repeat:
     """How a parameter of shape `param` repeats over a step of this shape and layout."""
-    padded = (1,) * (len(shape) - len(param)) + tuple(param)
+    sizes = padded(param, shape)
     order = outermost_first(strides)
-    own = [d for d in order if padded[d] > 1]
+    own = [d for d in order if sizes[d] > 1]
     if not all(strides[a] == strides[b] * shape[b] for a, b in pairwise(own)):
         return Repeat(1, math.prod(shape), None)
-    return Repeat(strides[own[-1]], math.prod(padded), tuple(order))
+    return Repeat(strides[own[-1]], math.prod(sizes), tuple(order))

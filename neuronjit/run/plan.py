@@ -7,7 +7,7 @@ call, and `forward` and `backward` for those who differentiate themselves.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from operator import or_
 from typing import Any, NamedTuple
@@ -19,12 +19,12 @@ from ..errors import BackendError, CompileError, DifferentiationError, SpecError
 from ..kernels import build, targets
 from ..kernels.spec import NAMES, KernelSpec
 from ..kernels.targets import TARGETS
-from ..kernels.targets.base import Channels, Kernel, steps_between_checkpoints
+from ..kernels.targets.base import Channels, Grid, Kernel, steps_between_checkpoints
 from ..settings import warn_once
-from ..torch_private import autograd_again, is_zero_tensor
-from . import layout, reference
+from ..torch_private import autograd_again, is_batched, is_zero_tensor
+from . import front_end, layout, reference
 from .call import NO_STATE, Call, Output, Values
-from .checks import arithmetic, check_memory, label_of
+from .checks import arithmetic, check_memory, label_of, no_transforms
 
 Gradients = list[Tensor | None]
 
@@ -71,6 +71,35 @@ def backward(
         if isinstance(plan, EagerPlan):
             raise
         return fall_back(plan, error).backward(x, None, tensors, grads, wanted)
+
+
+def gradients(
+    plan: KernelPlan,
+    x: Tensor,
+    checkpoints: Tensor | None,
+    tensors: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    """What autograd's node of a call gives: `backward`, of which there is no second derivative."""
+    if any([is_batched(grad) for grad in grads if grad is not None]):  # noqa: C419 a list is faster
+        raise no_transforms("is_grads_batched=True")
+    results = backward(plan, x, checkpoints, tensors, grads, wanted)
+    if torch.is_grad_enabled():  # create_graph: an error only if somebody differentiates again
+        arrived = [grad for grad in grads if grad is not None]
+        return once(results, [x, *arrived, *tensors])
+    return results
+
+
+def is_gone(plan: Any, layer: str, grads: Sequence[Tensor | None]) -> None:
+    """Raise RuntimeError where a state that `layer` carried over is what leads to a freed graph."""
+    last = 1 + len(plan.final)
+    others = (grads[0], *grads[last:])
+    if any(g is not None for g in grads[1:last]) and all(g is None for g in others):
+        raise RuntimeError(
+            f"the state of {layer} was carried over from the last call and its graph is gone: call"
+            " reset_net(net) (or detach_net(net)) between batches"
+        )
 
 
 def once(results: Sequence[Any], inputs: Sequence[Tensor]) -> list[Any]:
@@ -221,23 +250,30 @@ class _Launch:
         `size` is (N, T); `channels` those that the kernel walks, if it does.
         """
         groups = spec.arguments
-        self._run, self._size = kernel.launch, size
+        self.kernel, self.size = kernel, size
+        self._run = kernel.launch
         self.grid = kernel.grid(size[0], channels)
         self._pack = struct.Struct("@" + "".join(g.count * g.code for g in groups) + "0q").pack
         members = [(g.name, name) for g in groups for name in g.of or (_ALONE,)]
-        varying = [member for member in members if member[0] not in fixed]
-        self._order = [given.index(member) for member in varying]
-        self._fixed = [fixed[group][name] for group, name in members[len(varying) :]]
+        self.varying = [member for member in members if member[0] not in fixed]
+        self._order = [given.index(member) for member in self.varying]
+        self._fixed = [fixed[group][name] for group, name in members[len(self.varying) :]]
+
+    @property
+    def tail(self) -> bytes:
+        """The argument's bytes that are the same in every call: those behind the addresses."""
+        return self._pack(*[0] * len(self._order), *self._fixed)[8 * len(self._order) :]
 
     def run(self, given: Sequence[int]) -> None:
         """Launch the kernel on what lies at these addresses."""
         packed = self._pack(*[given[i] for i in self._order], *self._fixed)
-        self._run(packed, self.grid, *self._size)
+        self._run(packed, self.grid, *self.size)
 
 
 class _Arriving(NamedTuple):
     """What of a backward call depends on which gradients arrive and which are wanted."""
 
+    asked: tuple[tuple[bool, ...], tuple[bool, ...]]  # of each output, and of x and each tensor
     sequences: tuple[str, ...]  # whose gradients arrive
     learned: tuple[str, ...]  # parameters whose gradient is wanted
     summed: tuple[str, ...]  # those of them that all neurons share
@@ -277,7 +313,7 @@ class KernelPlan:
         # what kernels read, and backward is given again, whatever hooks did to it in between
         self._x = (x.shape, self.dtype, self.device, (self.n, *self.strides))
         per_step = (self.T, *(1 for _ in self.shape))
-        self._tensors: list[_Saved] = []
+        self.saved: list[_Saved] = []
         for name, t in given.items():
             if name in model.state:
                 saved: _Saved = (self.shape, self.real, self.device, self.strides)
@@ -287,12 +323,12 @@ class KernelPlan:
                 saved = self._x
             else:  # in any layout: see layout.Repeat
                 saved = (t.shape, self.real, self.device, None)
-            self._tensors.append(saved)
-        self._prepared = all(map(_is_read_so, given.values(), self._tensors))
+            self.saved.append(saved)
+        self._prepared = all(map(_is_read_so, given.values(), self.saved))
         k = steps_between_checkpoints(self.T, model)
         # of the checkpoints: [count, states, n], and two more: see `graph`, which has any T
         size = torch.Size([(self.T - 1) // k * len(self.states) * self.n + 2])
-        self._saved = (size, self.real, self.device, (1,)) if k < self.T else None
+        self.checkpoints = (size, self.real, self.device, (1,)) if k < self.T else None
         self._no_states = (0,) * len(self.states)
         # the members of an argument that a call gives, in the order in which it lists them
         self._members: list[Member] = []
@@ -309,6 +345,7 @@ class KernelPlan:
         )
         self._launches: dict[bool, _Launch] = {}  # of forward, by whether addresses are aligned
         self._arrivals: dict[Any, _Arriving] = {}
+        self.compiled = front_end.compiled(self, x, given, gradients, is_gone)
 
     def _channels(self) -> Channels | None:
         """Those with which threads stay, where all parameters that have channels repeat alike."""
@@ -324,7 +361,7 @@ class KernelPlan:
         if self.copies:
             x = x.resolve_neg().contiguous()
         if not self._prepared:
-            tensors = [_as_read(t, saved) for t, saved in zip(tensors, self._tensors, strict=True)]
+            tensors = [_as_read(t, saved) for t, saved in zip(tensors, self.saved, strict=True)]
         return x, tensors
 
     def forward(
@@ -338,8 +375,8 @@ class KernelPlan:
         lasts = [self._empty_state() for _ in self.final]
         records = [torch.empty_like(x) for _ in self.call.record]
         checkpoints = None
-        if save and self._saved is not None:
-            checkpoints = torch.empty(self._saved[0], dtype=self.real, device=self.device)
+        if save and self.checkpoints is not None:
+            checkpoints = torch.empty(self.checkpoints[0], dtype=self.real, device=self.device)
         given, alive = self._addresses(tensors)
         pointers = [x.data_ptr(), spikes.data_ptr(), *[t.data_ptr() for t in records]]
         if 0 in pointers:
@@ -365,10 +402,10 @@ class KernelPlan:
         Shapes and layouts of everything given are compared with the plan's.
         """
         x, tensors = self._as_planned(x, tensors)
-        if (checkpoints is None) != (self._saved is None):
+        if (checkpoints is None) != (self.checkpoints is None):
             raise SpecError(f"the checkpoints {_CHANGED}")
-        if checkpoints is not None and self._saved is not None:
-            checkpoints = _as_saved("the checkpoints", checkpoints, self._saved)
+        if checkpoints is not None and self.checkpoints is not None:
+            checkpoints = _as_saved("the checkpoints", checkpoints, self.checkpoints)
         arriving = self._arriving(tuple([g is not None for g in grads]), tuple(wanted))
         last = 1 + len(self.final)
         arrived = [
@@ -396,13 +433,10 @@ class KernelPlan:
         pointers += [own[p].data_ptr() for p in arriving.learned if p in own]
         aligned = not reduce(or_, pointers) & 15
         launch = arriving.launches.get(aligned) or self._load(aligned, arriving)
-        parts: list[tuple[tuple[str, ...], Tensor]] = []
-        if of_channels := arriving.by_channel:
-            sizes = (len(of_channels), launch.grid.slices, self.repeats[of_channels[0]].period)
-            parts.append((of_channels, torch.empty(sizes, dtype=self.real, device=self.device)))
-        if summed := arriving.summed:
-            sizes = (len(summed), launch.grid.blocks, 1)
-            parts.append((summed, torch.empty(sizes, dtype=self.real, device=self.device)))
+        parts = [
+            (of, torch.empty(sizes, dtype=self.real, device=self.device))
+            for of, sizes in self.partial_sums(arriving, launch.grid)
+        ]
         launch.run([*pointers, *[partials.data_ptr() for _, partials in parts]])
         del alive
         if not self.given:
@@ -423,6 +457,13 @@ class KernelPlan:
             else:
                 results.append(own[name].sum_to_size(tensor.shape) if name in own else None)
         return results
+
+    def partial_sums(self, arriving: _Arriving, grid: Grid) -> Iterator[tuple[Any, Any]]:
+        """The parameters whose gradients a kernel sums in parts, and the sizes of these sums."""
+        if of_channels := arriving.by_channel:
+            yield of_channels, (len(of_channels), grid.slices, self.repeats[of_channels[0]].period)
+        if summed := arriving.summed:
+            yield summed, (len(summed), grid.blocks, 1)
 
     def _arriving(self, arrived: tuple[bool, ...], wanted: tuple[bool, ...]) -> _Arriving:
         key = (arrived, wanted)
@@ -445,7 +486,9 @@ class KernelPlan:
                 *([("channel_partials", _ALONE)] if by_channel else []),
                 ("partials", _ALONE),
             )
-            self._arrivals[key] = _Arriving(sequences, learned, summed, by_channel, members, {})
+            self._arrivals[key] = _Arriving(
+                key, sequences, learned, summed, by_channel, members, {}
+            )
         return self._arrivals[key]
 
     def _as_planned(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
@@ -457,7 +500,7 @@ class KernelPlan:
         x = _as_saved("x_seq", x, self._x)
         if not tensors:
             return x, tensors
-        model, saved = self.call.model, zip(self.given, tensors, self._tensors, strict=True)
+        model, saved = self.call.model, zip(self.given, tensors, self.saved, strict=True)
         return x, [_as_saved(label_of(model, name), t, was) for name, t, was in saved]
 
     def _arrived(
@@ -513,7 +556,7 @@ class KernelPlan:
         learned: tuple[str, ...] = ()
         launches, members = self._launches, self._forward_members
         if arriving:
-            direction, (sequences, learned, *_, members, launches) = "backward", arriving
+            direction, (_, sequences, learned, *_, members, launches) = "backward", arriving
         wide = aligned
         if self.channels:  # lanes are of one channel, or of channels next to each other
             inner, period = self.channels
@@ -530,6 +573,8 @@ class KernelPlan:
         kernel = build.load_kernel(spec, self.device.index or 0)
         size = self.n, self.T
         launch = _Launch(spec, kernel, members, self._fixed(spec), size, self.channels)
+        if self.compiled is not None:
+            self.compiled.add(launch, aligned, arriving)
         return launches.setdefault(aligned, launch)
 
     def _fixed(self, spec: KernelSpec) -> dict[str, Mapping[str, float]]:

@@ -42,6 +42,14 @@ class Grid(NamedTuple):
     slices: int  # so many has that of a channel, where a kernel sums it
 
 
+class Raw(NamedTuple):
+    """A loaded kernel for those who launch it from C++."""
+
+    function: int  # its address on the CPU, the driver's handle on a GPU
+    threads: int  # of a block
+    parallel: bool  # whether so much work is for several threads of the CPU
+
+
 class Kernel(Protocol):
     """A loaded kernel."""
 
@@ -50,6 +58,9 @@ class Kernel(Protocol):
 
     def launch(self, packed: bytes, grid: Grid, n: int, steps: int, /) -> None:
         """Run it, or queue it on the current stream. `packed` is its argument struct."""
+
+    def raw(self, n: int, steps: int, /) -> Raw:
+        """What `launch` knows, for so much work."""
 
 
 class Target(Protocol):

@@ -9,6 +9,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from .base import (
     MOST_TERMS,
     Channels,
     Grid,
+    Raw,
     Shape,
     debug,
     first_lines,
@@ -166,13 +168,24 @@ def fingerprint(arch: str) -> dict[str, str]:
 def compile(source: str, symbol: str, arch: str, large: bool = False) -> bytes:
     """A shared object. Raises CompileError with the compiler's words and the source's place."""
     march = [f"-march={arch}"] if arch.startswith("x86-64") else []
+    options = [*FLAGS, *(LARGE if large else ()), *march]
+    # without OpenMP's library the kernels run on one thread
+    return shared_object(source, symbol, arch, [[*options, OPENMP], options], ["-lm"])
+
+
+def shared_object(
+    source: str, symbol: str, arch: str, ways: Sequence[Sequence[str]], libraries: Sequence[str]
+) -> bytes:
+    """What the compiler makes with the first of these options that does not lack OpenMP.
+
+    Raises CompileError with the compiler's words and the source's place.
+    """
     command, code, words, binary = compiler(), 0, "", b""
     try:
         with scratch.scratch() as folder:
             text = scratch.write(folder, "kernel.cpp", source.encode("ascii"))
-            files = ["-o", os.path.join(folder.path, "kernel.so"), text, "-lm"]
-            for openmp in ([OPENMP], []):  # without OpenMP's library the kernels run on one thread
-                options = [*FLAGS, *(LARGE if large else ()), *march, *openmp]
+            files = ["-o", os.path.join(folder.path, "kernel.so"), text, *libraries]
+            for options in ways:
                 command = [*compiler(), *options, *files]
                 debug(f"{shlex.join(command)} ({symbol})", source, ".cpp")
                 code, words = scratch.run(command, folder, scratch.TIMEOUT_S)
@@ -220,8 +233,13 @@ class Kernel:
 
     def launch(self, packed: bytes, grid: Grid, n: int, steps: int) -> None:
         """Run the kernel on torch's number of threads. `packed` is the argument struct."""
-        threads = torch.get_num_threads() if n * steps >= _PARALLEL_FROM and not _forked else 1
+        threads = torch.get_num_threads() if n * steps >= _PARALLEL_FROM and not forked else 1
         self._function(packed, threads)
+
+    def raw(self, n: int, steps: int) -> Raw:
+        """The function's address; threads after a fork (`forked`) are the caller's to avoid."""
+        address = ctypes.cast(self._function, ctypes.c_void_p).value or 0
+        return Raw(address, 1, n * steps >= _PARALLEL_FROM)
 
 
 def _is_fork() -> bool:
@@ -234,12 +252,12 @@ def _is_fork() -> bool:
 
 # GNU OpenMP's threads do not survive a fork, and waiting for them would never end. Its parent may
 # have started them before this module was imported: torch does, from the same library.
-_forked = _is_fork()
+forked = _is_fork()
 
 
 def _after_fork() -> None:
-    global _forked
-    _forked = True
+    global forked
+    forked = True
 
 
 if hasattr(os, "register_at_fork"):
@@ -261,7 +279,7 @@ def load(binary: bytes, symbol: str, lanes: int, device: int = 0) -> Kernel:
     if why := check(binary, symbol, arch()):
         raise BackendError(f"a kernel cannot be loaded: {why}\nkernel {symbol}")
     try:
-        function = getattr(_dlopen(binary), symbol)
+        function = getattr(dlopen(binary), symbol)
     except (OSError, AttributeError, Untrusted) as error:
         # built where there was OpenMP, and carried to where there is none
         raise BackendError(
@@ -274,7 +292,8 @@ def load(binary: bytes, symbol: str, lanes: int, device: int = 0) -> Kernel:
     return Kernel(function, lanes)
 
 
-def _dlopen(binary: bytes) -> ctypes.CDLL:
+def dlopen(binary: bytes) -> ctypes.CDLL:
+    """Load a shared object from these bytes. Raises OSError, Untrusted."""
     if hasattr(os, "memfd_create"):
         try:
             descriptor = os.memfd_create("neuronjit", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

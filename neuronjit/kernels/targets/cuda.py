@@ -20,6 +20,7 @@ from .base import (
     MOST_TERMS,
     Channels,
     Grid,
+    Raw,
     Shape,
     debug,
     first_lines,
@@ -232,6 +233,10 @@ class Kernel:
             self._function, grid.blocks, 1, 1, BLOCK, 1, 1, 0,
             current_raw_stream(device), ctypes.addressof(pointer), 0,
         )  # fmt: skip
+
+    def raw(self, n: int, steps: int) -> Raw:
+        """The driver's handle."""
+        return Raw(self._function, BLOCK, False)
 
 
 def check_loadable(symbol: str) -> None:
