@@ -112,6 +112,10 @@ struct Plan : torch::CustomClassHolder {
     auto found = launches.find({asked, aligned});
     return found == launches.end() ? nullptr : &found->second;
   }
+  const Launch* any(uint64_t asked) const {
+    const Launch* launch = find(asked, true);
+    return launch ? launch : find(asked, false);
+  }
   at::TensorOptions options() const { return at::TensorOptions().dtype(real).device(device); }
   Tensor empty_state() const { return at::empty_strided(step, step_strides, options()); }
 };
@@ -184,23 +188,27 @@ std::vector<void*> all_of(const std::vector<Tensor>& tensors, Addresses& address
   return at;
 }
 
-std::vector<Tensor> readable(const Plan& plan, at::TensorList tensors) {
-  std::vector<Tensor> own;
+// What kernels read of the tensors; nothing where one has no memory.
+bool readable(const Plan& plan, at::TensorList tensors, std::vector<Tensor>& own) {
   own.reserve(tensors.size());
-  for (size_t i = 0; i < tensors.size(); ++i) own.push_back(elements(plan.given[i], tensors[i]));
-  return own;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (!tensors[i].data_ptr()) return false;
+    own.push_back(elements(plan.given[i], tensors[i]));
+  }
+  return true;
 }
 
 // Outputs and checkpoints of a call, or nothing where its kernel is not loaded.
 bool run_forward(const Plan& plan, const Tensor& x, at::TensorList tensors, bool save,
                  variable_list& outputs, Tensor& checkpoints) {
   at::NoGradGuard no_grad;
+  std::vector<Tensor> own;
+  if (!plan.any(FORWARD) || !readable(plan, tensors, own)) return false;
   outputs.push_back(at::empty_like(x));
   for (int64_t i = 0; i < plan.finals; ++i) outputs.push_back(plan.empty_state());
   for (int64_t i = 0; i < plan.records; ++i) outputs.push_back(at::empty_like(x));
   if (save && plan.checkpoints >= 0)
     checkpoints = at::empty({plan.checkpoints}, plan.options());
-  std::vector<Tensor> own = readable(plan, tensors);
   Addresses addresses;
   void* of_x = addresses.of(x);
   void* of_checkpoints = addresses.of(checkpoints);
@@ -243,9 +251,9 @@ bool run_backward(const Plan& plan, const Tensor& x, const Tensor& checkpoints,
     asked |= uint64_t(1) << i;
   }
   for (size_t i = 0; i < wanted.size(); ++i) asked |= uint64_t(wanted[i]) << (32 + i);
-  const Launch* launch = plan.find(asked, true);
-  if (!launch) launch = plan.find(asked, false);
-  if (!launch) return false;
+  const Launch* launch = plan.any(asked);
+  std::vector<Tensor> given;
+  if (!launch || !readable(plan, tensors, given)) return false;
 
   std::vector<Tensor> own(wanted.size());
   for (size_t i = 0; i < wanted.size(); ++i) {
@@ -253,7 +261,6 @@ bool run_backward(const Plan& plan, const Tensor& x, const Tensor& checkpoints,
     if (result.wanted && result.part < 0)
       own[i] = result.like_x ? at::empty_like(x) : plan.empty_state();
   }
-  std::vector<Tensor> given = readable(plan, tensors);
   Addresses addresses;
   void* of_x = addresses.of(x);
   void* of_checkpoints = addresses.of(checkpoints);

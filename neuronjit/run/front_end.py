@@ -190,7 +190,7 @@ class Compiled:
         sequences["s"] = 0
         results = {"x": 0, **{name: 1 + i for name, i in given.items()}}
         kind, index = {
-            "in": ("given", given) if name in given else ("grad", sequences),
+            "in": ("given", given) if name in plan.inputs else ("grad", sequences),
             "out": ("result", results) if arriving else ("out", sequences),
             "last": ("out", states),
             "last_grad": ("grad", states),
