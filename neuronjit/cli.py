@@ -26,6 +26,7 @@ from .kernels import ahead, build, manifest, targets
 from .kernels.spec import DTYPES
 from .kernels.targets import TARGETS
 from .models.block import RESETS
+from .run import front_end
 from .settings import CacheWarning, switches
 from .terminal import ask, complain, in_bytes, progress, say, say_json, say_lines, table
 
@@ -173,14 +174,20 @@ def _import(args: argparse.Namespace) -> int:
 
 def _prebuild(args: argparse.Namespace) -> int:
     options = {name: value for name in _CHOICES if (value := getattr(args, name))}
-    if not args.neurons and (options or not args.manifest):
-        raise SpecError("say what to build: --neuron NAME and its options, or --manifest FILE")
+    if not args.neurons and (options or not (args.manifest or args.front_end)):
+        raise SpecError(
+            "say what to build: --neuron NAME and its options, --manifest FILE, or --front-end"
+        )
     chosen = partial(ahead.choices, args.neurons or (), **options)
     wanted = manifest.read(args.manifest) if args.manifest else ()
-    work = ahead.jobs(wanted, chosen, args.targets or (), args.archs or ())
+    work = []
+    if args.neurons or args.manifest:
+        work = ahead.jobs(wanted, chosen, args.targets or (), args.archs or ())
     start, before = time.perf_counter(), build.stats()
     with progress(len(work)) as advance:
         built, failed = ahead.prebuild(work, args.jobs, advance)
+    if args.front_end:
+        built.append(front_end.entry())
     seconds, after = time.perf_counter() - start, build.stats()
     there = {entry.key: entry.size for entry in admin.entries() if not entry.problem}
     keys = {entry.key for entry in built}
@@ -193,7 +200,7 @@ def _prebuild(args: argparse.Namespace) -> int:
     data |= {"bytes": sum(there.get(key, 0) for key in keys), "directory": user_dir()}
     words = "{compiled} kernels compiled in {seconds:.1f} s, {loaded} were there, {failed} failed"
     say(args.json, data, f"{words.format(**data)}; together {in_bytes(data['bytes'])}")
-    return FOUND if failed or lost or not work else 0
+    return FOUND if failed or lost or not built else 0
 
 
 def _keys(prefixes: Iterable[str]) -> list[str]:
@@ -256,6 +263,7 @@ def _parser() -> argparse.ArgumentParser:
         "--manifest kernels.jsonl --target cpu",
     )
     option("--manifest", **file, help="the kernels of a run")
+    option("--front-end", **yes, help="what NEURONJIT_FRONT_END=compiled loads")
     option("--neuron", dest="neurons", **names, help="built-in neurons, e.g. lif")
     option("--surrogate", dest="surrogates", **names, help="default: atan sigmoid")
     option("--reset", dest="resets", nargs="+", choices=tuple(RESETS), help="default: hard")

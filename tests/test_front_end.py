@@ -240,3 +240,15 @@ def test_it_is_an_entry_of_the_cache() -> None:
     assert listed.meta["target"] == "front end"
     assert not admin.verify(build.why_no_kernel)[1]
     assert front_end.entry().binary == entry.binary
+
+
+def test_it_can_be_built_ahead(capsys: pytest.CaptureFixture[str]) -> None:
+    from neuronjit import cli
+
+    assert cli.main(["prebuild", "--front-end", "--json"]) == 0
+    code = "import torch, neuronjit as nj; nj.multistep('lif', torch.rand(4, 8), backend='auto')"
+    environment = {**os.environ, "CXX": "/nowhere", "NEURONJIT_NO_COMPILE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "front end" not in done.stderr  # found by what it was asked for

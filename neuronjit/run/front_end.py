@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import os
 import sys
 import sysconfig
@@ -28,7 +29,7 @@ from ..kernels import build
 from ..settings import no_compile, warn_once
 from . import layout
 
-_SYMBOL = "neuronjit_front_end"
+_SYMBOL, _TARGET = "neuronjit_front_end", "front end"
 _FLAGS = ("-std=c++20", "-O2", "-shared", "-fPIC", "-fvisibility=hidden")
 _LIBRARIES = ("-ltorch_python", "-ltorch_cpu", "-lc10", "-ldl")  # those that torch has loaded
 _FORWARD = 2**64 - 1  # the key of forward's kernels, to which nothing arrives
@@ -105,24 +106,17 @@ def _cpu() -> Any:
 def entry() -> store.Entry:
     """The cache's entry of the front end, compiled if it is not there.
 
-    Raises BackendError where there is no compiler, CompileError where it fails.
+    Raises BackendError where there is neither an entry nor a compiler, CompileError where that
+    fails.
     """
     cpu = _cpu()
-    source = Path(__file__).with_suffix(".cpp").read_text("ascii")
     arch = cpu.arch()
-    fingerprint = {
-        **cpu.fingerprint(arch),
-        "target": "front end",
-        "flags": " ".join(_FLAGS),
-        "torch": torch.__version__,
-        "python": f"{sys.implementation.cache_tag} {sysconfig.get_config_var('SOABI')}",
-    }
-    request = hashlib.sha256(source.encode()).hexdigest()
-    key = store.make_key(request, fingerprint)
+    source = Path(__file__).with_suffix(".cpp").read_text("ascii")
+    python = f"{sys.implementation.cache_tag} {sysconfig.get_config_var('SOABI')}"
+    asked = {"source": hashlib.sha256(source.encode()).hexdigest(), "python": python}
+    request = json.dumps({"front end": {**asked, "torch": torch.__version__}}, sort_keys=True)
 
     def compile_now() -> store.Entry:
-        if no_compile():
-            raise BackendError("NEURONJIT_NO_COMPILE is set, and no cache holds it")
         folder = Path(torch.__file__).parent
         include = [folder / "include", folder / "include/torch/csrc/api/include"]
         options = [*_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
@@ -131,12 +125,26 @@ def entry() -> store.Entry:
         with build.told("the front end"):
             binary = cpu.shared_object(source, _SYMBOL, arch, [options], libraries)
         meta = {
-            "spec": _SYMBOL, "symbol": _SYMBOL, "request": request, "target": "front end",
+            "spec": _SYMBOL, "symbol": _SYMBOL, "request": request, "target": _TARGET,
             "arch": arch, "fingerprint": fingerprint, "versions": {"neuronjit": build.version()},
         }  # fmt: skip
         return store.Entry(key, meta, source, binary)
 
-    return store.load_or_make(key, compile_now, lambda e: cpu.check(e.binary, _SYMBOL, arch))
+    lacking = "NEURONJIT_NO_COMPILE is set"
+    try:
+        fingerprint = {**cpu.fingerprint(arch), "target": _TARGET, "flags": " ".join(_FLAGS)}
+        key = store.make_key(request, fingerprint)
+        if not no_compile():
+            return store.load_or_make(
+                key, compile_now, lambda found: cpu.check(found.binary, _SYMBOL, arch)
+            )
+    except BackendError as error:  # there is no compiler
+        lacking = str(error)
+    found = store.find(request, _TARGET, arch)
+    if found is None:
+        build_it = "`neuronjit-cache prebuild --front-end` builds it where there is a compiler"
+        raise BackendError(f"{lacking}; no cache holds it, and {build_it}")
+    return found
 
 
 class Compiled:
