@@ -248,14 +248,18 @@ def test_scalars(eager: None) -> None:
 
 
 @each_device
-def test_truncated_backpropagation(device: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"), [("Leaky", {}), ("RLeaky", ONE), ("RLeaky", WIRINGS["all"])]
+)
+def test_truncated_backpropagation(name: str, options: dict[str, Any], device: str) -> None:
     """States are detached in place, through the list of neurons that snnTorch keeps."""
     from snntorch import utils
 
     gradients = []
     for accelerated in (False, True):
+        layer = node(name, init_hidden=True, **options)
         torch.manual_seed(2)
-        net = torch.nn.Sequential(torch.nn.Linear(7, 7), node("Leaky", init_hidden=True)).to(device)
+        net = torch.nn.Sequential(torch.nn.Linear(7, 7), layer).to(device)
         if accelerated:
             nj.accelerate(net, strict=True)
         utils.reset(net)
@@ -360,12 +364,20 @@ def test_what_goes_on_working(eager: None) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_network_has_no_graph_breaks() -> None:
+@pytest.mark.parametrize("recurrent", [None, "one", "all"])
+def test_a_compiled_network_has_no_graph_breaks(recurrent: str | None) -> None:
+    from neuronjit.integrations.snntorch import Sequence
+
     torch.compiler.reset()
-    net = Net()
-    x = inputs((T, 3, 6)) * 2
+    net: Any = Net()
+    if recurrent is not None:
+        net = Sequence(node("RLeaky", **WIRINGS[recurrent]))
+    x = inputs((T, 3, 6 if recurrent is None else 7)) * 2
     want = net(x)
-    nj.accelerate(net)
+    if recurrent is None:
+        nj.accelerate(net)
+    else:
+        net.reset_mem()
     compiled: Any = torch.compile(net, backend="aot_eager", fullgraph=True)
     for a, b in zip(compiled(x), want, strict=True):
         assert torch.equal(a, b)
