@@ -749,7 +749,7 @@ def test_what_is_skipped_and_why() -> None:
 
     assert "over time, no loop" in skipped(neuron.PSN(T=3))
     assert "it learns online" in skipped(neuron.SLTTLIFNode())
-    assert "overridden; use IFNode" in skipped(neuron.SimpleLIFNode(2.0, True))
+    assert "methods to override; use IFNode" in skipped(neuron.SimpleLIFNode(2.0, True))
     assert "store_state_seqs" in skipped(neuron.ComplementaryLIFNode(store_state_seqs=True))
     window = surrogate.MultiLevelSpikeCount(4, grad_window=(0.0, 2.0))
     assert "gradient's window" in skipped(neuron.ILIFNode(surrogate_function=window))

@@ -601,6 +601,7 @@ def test_recurrent_convolutions(eager: None) -> None:
     spikes, mem = Sequence(ours, every_state=True)(x)
     assert torch.equal(spikes, torch.stack([out[0] for out in want]))
     assert torch.equal(mem, torch.stack([out[1] for out in want]))
+    assert Sequence(ours)(x[:0])[0].shape == x[:0].shape and torch.equal(ours.mem, mem[-1])
 
 
 @each_device

@@ -262,7 +262,7 @@ def _read(node: Any, row: Row) -> tuple[NeuronModel, Surrogate]:
     if not own:
         raise SpecError("its state_function is no method of its own that is known")
     after = "none" if getattr(node, "reset_delay", True) else node.reset_mechanism
-    if after != "none" and row.name == "RSynaptic":  # it computes one, and then returns another
+    if after != "none" and row.name == "RSynaptic":  # it raises, or resets what it does not return
         raise SpecError("reset_delay=False, which the RSynaptic of snnTorch 1.0.0 does not do")
     return _model(row, before, after, _wiring(node, row)), _surrogate(node.spike_grad)
 
@@ -306,12 +306,12 @@ def _run(node: Any, row: Row, x_seq: Tensor, args: Any, kwargs: Any, every: bool
     held = {key: getattr(node, name) for name, key in keys.items()}
     state = {key: z if z.shape == x_seq.shape[1:] else 0.0 for key, z in held.items()}
     model, surrogate = _read(node, row)
-    params = _params(node, row, model, x_seq)
+    options: dict[str, Any] = _params(node, row, model, x_seq)
+    options.update(surrogate=surrogate, record=tuple(held) if every else ())
     if "rec" in model.inputs:
-        out = _step_by_step(node, model, x_seq, state, surrogate, every, params)
+        out = _step_by_step(node.recurrent, model, x_seq, state, **options)
     else:
-        record = tuple(held) if every else ()
-        out = multistep(model, x_seq, state, surrogate=surrogate, record=record, **params)
+        out = multistep(model, x_seq, state, **options)
     for name, key in keys.items():
         setattr(node, name, out.state[key])
     node.reset = None  # what snnTorch would keep here is inside the kernel
@@ -319,26 +319,20 @@ def _run(node: Any, row: Row, x_seq: Tensor, args: Any, kwargs: Any, every: bool
 
 
 def _step_by_step(
-    node: Any,
-    model: NeuronModel,
-    x_seq: Tensor,
-    state: Mapping[str, Any],
-    surrogate: Surrogate,
-    every: bool,
-    params: dict[str, Any],
+    recurrent: Any, model: NeuronModel, x_seq: Tensor, state: Mapping[str, Any], **options: Any
 ) -> Output:
-    """A kernel for each step, and the neuron's own module for its spikes between them."""
+    """As multistep, a kernel for each step, with a module for the last spikes between them."""
     if not isinstance(state["spk"], Tensor):
-        state = {**state, "spk": torch.zeros_like(x_seq[0])}
+        state = {**state, "spk": x_seq.new_zeros(x_seq.shape[1:])}
     steps = []
     for x in x_seq.split(1):
-        rec = node.recurrent(state["spk"]).unsqueeze(0)
-        out = multistep(model, x, state, surrogate=surrogate, rec=rec, **params)
-        state = out.state
-        steps.append(out)
-    record = {n: torch.stack([out.state[n] for out in steps]) for n in state} if every else {}
-    spikes = [out.spikes for out in steps]
-    return Output(torch.cat(spikes) if len(spikes) > 1 else spikes[0], state, record)
+        rec = recurrent(state["spk"]).unsqueeze(0)
+        steps.append(multistep(model, x, state, rec=rec, **options))
+        state = steps[-1].state
+    if len(steps) == 1:
+        return steps[0]
+    record = {name: torch.cat([out.record[name] for out in steps]) for name in steps[0].record}
+    return Output(torch.cat([out.spikes for out in steps]), state, record)
 
 
 def _check(node: Any, row: Row, args: Any, kwargs: Any) -> None:

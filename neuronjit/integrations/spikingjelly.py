@@ -237,7 +237,7 @@ _READOUT = "it is a readout, which never fires"
 _NO_LOOP = "it is a product or a convolution over time, no loop"
 _RATES = "its gradient is that of rates, over the whole sequence"
 _REASONS = {
-    "SimpleBaseNode": "its charge, fire and reset are there to be overridden; use IFNode, LIFNode",
+    "SimpleBaseNode": "its charge, fire and reset are methods to override; use IFNode or LIFNode",
     "NonSpikingBaseNode": _READOUT,
     "NoisyNonSpikingBaseNode": _READOUT,
     "NoisyBaseNode": "it draws random numbers in each step",
