@@ -431,6 +431,59 @@ def test_what_is_no_forgotten_reset_is_not_taken_for_one():
     later.backward()  # through both: nothing was freed
 
 
+@pytest.fixture
+def eager(monkeypatch):
+    """Without compiling, and with warnings that were given once given again."""
+    monkeypatch.setenv("NEURONJIT_BACKEND", "eager")
+    monkeypatch.setattr(nj.settings, "_warned", {})
+
+
+def train_on(*layers, x, chunks=1):
+    """Batches of one optimizer's loop: the state is reset before each."""
+    for layer in layers * 12:
+        nn.reset_net(layer)
+        given = x.clone().requires_grad_()
+        torch.cat([layer(part) for part in given.chunk(chunks)]).sum().backward()
+
+
+def run(layer, x, times):
+    with torch.no_grad():
+        for _ in range(times):
+            layer(x)
+
+
+def test_single_steps_given_to_a_layer_of_sequences_are_noticed_once(eager):
+    wanted = r"LIF has step_mode='m'.* 32 calls, the last with {}.* set step_mode='s'"
+    for x, shape in [
+        (inputs((4, 2, 5)), r"\[1, 2, 5\]"),  # a loop over x_seq.split(1), in 4 steps a batch
+        (inputs((16, 5)), r"\[4, 5\]"),  # a loop over [N, C]: N is taken for time
+        (inputs((8, 3, 4, 4)), r"\[2, 3, 4, 4\]"),  # and over [N, C, H, W]
+    ]:
+        nj.settings._warned.clear()
+        with pytest.warns(UserWarning, match=wanted.format(shape)) as said:
+            train_on(nn.LIF(), nn.LIF(), x=x, chunks=4)
+        assert len(said) == 1
+    nj.settings._warned.clear()
+    with pytest.warns(UserWarning, match="32 calls"):
+        run(nn.LIF(), inputs((1, 2, 5)), times=33)
+
+
+@pytest.mark.filterwarnings("error")
+def test_ordinary_calls_are_not_taken_for_single_steps(eager):
+    for shape in [(4, 2, 5), (1, 2, 5), (4, 5), (4, 3, 4, 4), (4, 2, 3, 4, 4)]:
+        for _ in range(4):
+            train_on(nn.LIF(), x=inputs(shape))  # whole sequences
+    train_on(nn.LIF(), x=inputs((20, 2, 5)), chunks=10)  # in pieces, within one graph
+    layer = nn.LIF()
+    for _ in range(40):  # an endless sequence in pieces
+        layer(inputs((4, 5)).requires_grad_()).sum().backward()
+        nn.detach_net(layer)
+    run(layer, inputs((4, 5)), times=40)
+    run(nn.LIF(step_mode="s"), inputs((1, 5)), times=40)
+    for i in range(80):  # a last piece of one step now and then
+        run(layer, inputs((1 if i % 4 == 3 else 4, 2, 5)), times=1)
+
+
 def test_without_store_v_seq_no_sequence_is_made():
     made = nn.LIF()
     made(inputs((4, 3)))

@@ -35,6 +35,8 @@ NODES: dict[str, tuple[str, dict[str, Any], float]] = {
         {k: v for k, v in LEAKY.items() if k != "tau_syn_inv"},
         4.0,
     ),
+    "LSNN": ("lsnn.LSNNParameters", LEAKY | dict(tau_adapt_inv=20.0, beta=0.4), 3.0),
+    "LIBoxCell": ("leaky_integrator_box.LIBoxParameters", dict(tau_mem_inv=150.0, v_leak=0.1), 1.0),
     "Izhikevich": ("izhikevich.IzhikevichParameters", {}, 60.0),
 }
 METHODS = {"super": 100.0, "triangle": 0.4, "tanh": 2.0, "circ": 0.3, "heavi_erfc": 1.5}
@@ -109,7 +111,7 @@ def compare(make: Callable[[], Any], x: Tensor, start: Any = None, exact: bool =
     theirs, ours = pair(make)
     want, got = train(theirs, x, start), train(ours, x, start)
     assert want.keys() == got.keys()
-    if type(theirs).__name__ not in ("LI", "LICell"):
+    if type(theirs).__name__ not in ("LI", "LICell", "LIBoxCell"):
         assert 0.01 < want["out"].mean() < 0.95
         assert_same_bits(got["out"], want["out"], "spikes")
     for name, value in want.items():
@@ -142,12 +144,17 @@ def test_modules_equal_norses(name: str, device: str) -> None:
 
 @pytest.mark.slow
 @each_device
-@pytest.mark.parametrize("name", ["LIFEx", "LIFAdEx", "IAF", "LIFCell", "LIFBoxCell"])
+@pytest.mark.parametrize(
+    "name", ["LIFEx", "LIFAdEx", "IAF", "LSNN", "LIFCell", "LIFBoxCell", "LIBoxCell"]
+)
 def test_all_modules(name: str, device: str) -> None:
     check(name, device)
 
 
-@pytest.mark.parametrize("name", ["LIFEx", "LIFAdEx", "IAF", "LIFBoxCell", "LIFCell", "LICell"])
+@pytest.mark.parametrize(
+    "name",
+    ["LIFEx", "LIFAdEx", "IAF", "LSNN", "LIFBoxCell", "LIBoxCell", "LIFCell", "LICell", "LSNNCell"],
+)
 def test_modules_in_eager(name: str, eager: None) -> None:
     check(name)
 
@@ -168,7 +175,7 @@ def test_a_reset_by_subtraction(eager: None) -> None:
     check("LIFBoxCell", reset_method=reset_subtract)
 
 
-@pytest.mark.parametrize("name", ["LIF", "LIFAdEx", "Izhikevich"])
+@pytest.mark.parametrize("name", ["LIF", "LIFAdEx", "LSNN", "Izhikevich"])
 def test_states_that_are_passed(name: str, eager: None) -> None:
     kind = type(node(name).state_fallback(scaled(name)))
     start = kind(*(inputs(SHAPE, seed=s) * 0.3 for s in range(len(kind._fields))))
@@ -241,7 +248,8 @@ def test_what_is_skipped_and_why() -> None:
             return super().forward(input_tensor, state)
 
     assert "it is recurrent; there are some for LIF" in skipped(norse.LIFRecurrent(2, 2))
-    assert "no equations for it" in skipped(norse.LSNN())
+    assert "it is recurrent" in skipped(norse.LSNNRecurrent(2, 2))
+    assert "no equations for it" in skipped(norse.LIFRefracCell())
     assert "Mine overrides forward" in skipped(Mine())
     assert "its steps are lif_feed_forward_adjoint_step" in skipped(node("LIF", method="adjoint"))
     assert "unknown method 'logistic'; known: super" in skipped(node("LIF", method="logistic"))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from neuronjit.integrations import norse, snntorch, spikingjelly
+
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
 
@@ -27,3 +29,12 @@ def test_readme_example_runs(block, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", ["docs/integrations.md", "tests/README.md"])
+@pytest.mark.parametrize("library", [spikingjelly, snntorch, norse], ids=lambda m: m.PACKAGE)
+def test_tables_have_every_neuron_of_other_libraries(library, page):
+    text = (README.parent / page).read_text("utf-8")
+    layers = [name for name in library.NODES if not name.endswith("Cell")]
+    alone = [name for name in library.NODES if name.removesuffix("Cell") not in library.NODES]
+    assert not [name for name in (*layers, *alone) if f"`{name}`" not in text]

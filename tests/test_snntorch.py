@@ -24,6 +24,12 @@ NODES: dict[str, dict[str, Any]] = {
     "Alpha": dict(alpha=0.8, beta=0.6, threshold=0.4),
     "Lapicque": dict(R=1.7, C=1.3, time_step=0.9, threshold=0.6),
 }
+# recurrent ones: each neuron by itself, with one number for all or for each, and all to all
+ONE, EACH = dict(all_to_all=False, V=-0.4), dict(all_to_all=False, V=torch.linspace(-0.6, 0.6, 7))
+WIRINGS: dict[str, dict[str, Any]] = {"one": ONE, "each": EACH, "all": dict(linear_features=7)}
+RECURRENT: dict[str, dict[str, Any]] = {
+    "RLeaky": dict(beta=0.8, threshold=0.7), "RSynaptic": dict(alpha=0.6, beta=0.7, threshold=0.9)
+}  # fmt: skip
 RESETS = ("subtract", "zero", "none")
 CASES = [
     (name, dict(reset_mechanism=reset) | ({} if delay else dict(reset_delay=False)))
@@ -44,7 +50,8 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 def node(name: str, **options: Any) -> Any:
     import snntorch
 
-    return getattr(snntorch, name)(**{**NODES[name], **options})
+    torch.manual_seed(6)  # weights between recurrent neurons are drawn
+    return getattr(snntorch, name)(**{**NODES, **RECURRENT}[name] | copy.deepcopy(options))
 
 
 def pair(name: str, device: str = "cpu", **options: Any) -> tuple[Any, Any]:
@@ -55,7 +62,7 @@ def pair(name: str, device: str = "cpu", **options: Any) -> tuple[Any, Any]:
     return theirs, ours
 
 
-STATES = ("syn", "syn_exc", "syn_inh", "mem")
+STATES = ("spk", "syn", "syn_exc", "syn_inh", "mem")
 
 
 def train(layer: Any, x_seq: Tensor, start: tuple[Tensor, ...] = ()) -> dict[str, Tensor]:
@@ -68,6 +75,8 @@ def train(layer: Any, x_seq: Tensor, start: tuple[Tensor, ...] = ()) -> dict[str
         out = layer(step) if layer.init_hidden else layer(step, *states)
         spikes, *states = out if isinstance(out, tuple) else (out,)
         outputs.append((spikes, *(getattr(layer, n) for n in STATES if hasattr(layer, n))))
+        if states and hasattr(layer, "spk"):  # the spikes are a state as well
+            states.insert(0, spikes)
         for returned, held in zip(states, outputs[-1][1:], strict=bool(states)):
             assert returned is held
     found = {f"output {i}": torch.stack(seq) for i, seq in enumerate(zip(*outputs, strict=True))}
@@ -77,7 +86,7 @@ def train(layer: Any, x_seq: Tensor, start: tuple[Tensor, ...] = ()) -> dict[str
     ]
     layer.zero_grad()
     torch.stack(weighed).sum().backward()
-    found |= {f"grad of {n}": p.grad for n, p in layer.named_parameters()}
+    found |= {f"grad of {n}": p.grad for n, p in layer.named_parameters() if p.requires_grad}
     for i, z in enumerate(leaves):  # Alpha's potential starts anew from its currents
         found[f"grad of state {i}"] = torch.zeros_like(z) if z.grad is None else z.grad
     return {n: v.detach().cpu() for n, v in {**found, "grad of x": x.grad}.items()}
@@ -239,14 +248,18 @@ def test_scalars(eager: None) -> None:
 
 
 @each_device
-def test_truncated_backpropagation(device: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"), [("Leaky", {}), ("RLeaky", ONE), ("RLeaky", WIRINGS["all"])]
+)
+def test_truncated_backpropagation(name: str, options: dict[str, Any], device: str) -> None:
     """States are detached in place, through the list of neurons that snnTorch keeps."""
     from snntorch import utils
 
     gradients = []
     for accelerated in (False, True):
+        layer = node(name, init_hidden=True, **options)
         torch.manual_seed(2)
-        net = torch.nn.Sequential(torch.nn.Linear(7, 7), node("Leaky", init_hidden=True)).to(device)
+        net = torch.nn.Sequential(torch.nn.Linear(7, 7), layer).to(device)
         if accelerated:
             nj.accelerate(net, strict=True)
         utils.reset(net)
@@ -351,12 +364,20 @@ def test_what_goes_on_working(eager: None) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_network_has_no_graph_breaks() -> None:
+@pytest.mark.parametrize("recurrent", [None, "one", "all"])
+def test_a_compiled_network_has_no_graph_breaks(recurrent: str | None) -> None:
+    from neuronjit.integrations.snntorch import Sequence
+
     torch.compiler.reset()
-    net = Net()
-    x = inputs((T, 3, 6)) * 2
+    net: Any = Net()
+    if recurrent is not None:
+        net = Sequence(node("RLeaky", **WIRINGS[recurrent]))
+    x = inputs((T, 3, 6 if recurrent is None else 7)) * 2
     want = net(x)
-    nj.accelerate(net)
+    if recurrent is None:
+        nj.accelerate(net)
+    else:
+        net.reset_mem()
     compiled: Any = torch.compile(net, backend="aot_eager", fullgraph=True)
     for a, b in zip(compiled(x), want, strict=True):
         assert torch.equal(a, b)
@@ -412,10 +433,7 @@ def test_what_is_skipped_and_why() -> None:
 
     assert "do not see each other" in skipped(node("Leaky", inhibition=True))
     assert "do not quantise" in skipped(node("Leaky", state_quant=lambda mem: mem))
-    assert "it is recurrent; there are some for Leaky, Synaptic" in skipped(
-        snntorch.RLeaky(0.9, all_to_all=False)
-    )
-    assert "no equations for it" in skipped(snntorch.SLSTM(2, 2))
+    assert "no equations for it; there are some for Leaky" in skipped(snntorch.SLSTM(2, 2))
     assert "no equations for it" in skipped(snntorch.LeakyParallel(2, 2))
     assert "DeltaLeaky overrides forward" in skipped(snntorch.DeltaLeaky(0.9, 0.1))
     assert "Mine overrides _base_sub" in skipped(Mine(0.9))
@@ -496,7 +514,10 @@ def sequence(layer: Any, x_seq: Tensor, start: tuple[Tensor, ...], loop: bool) -
             out = layer(step, *([] if layer.init_hidden else states))
             spikes, *states = out if isinstance(out, tuple) else (out,)
             steps.append(spikes)
+            if hasattr(layer, "spk"):
+                states.insert(0, spikes)
         spikes = torch.stack(steps)
+        states = states[1:] if hasattr(layer, "spk") else states
     else:
         out = Sequence(layer)(x, *states)
         spikes, *states = out if isinstance(out, tuple) else (out,)
@@ -510,7 +531,7 @@ def sequence(layer: Any, x_seq: Tensor, start: tuple[Tensor, ...], loop: bool) -
     layer.zero_grad()
     torch.stack(weighed).sum().backward()
     found = {**outputs, "grad of x": x.grad}
-    found |= {f"grad of {n}": p.grad for n, p in layer.named_parameters()}
+    found |= {f"grad of {n}": p.grad for n, p in layer.named_parameters() if p.requires_grad}
     for i, z in enumerate(leaves):
         found[f"grad of start {i}"] = torch.zeros_like(z) if z.grad is None else z.grad
     return {name: value.detach().cpu() for name, value in found.items()}
@@ -533,6 +554,54 @@ def check_sequence(name: str, device: str, **options: Any) -> None:
         assert_same_bits(got["spikes"], want["spikes"], "spikes")
         for key, value in want.items():
             assert_near(got[key], value, 2e-5, key, floor=0.1 if value.numel() > 1 else 1.0)
+
+
+@each_device
+@pytest.mark.parametrize("wiring", ["one", "all"])
+def test_recurrent_neurons(wiring: str, device: str) -> None:
+    check("RLeaky", device, **WIRINGS[wiring])
+    check_sequence("RLeaky", device, **WIRINGS[wiring])
+
+
+@pytest.mark.slow
+@each_device
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("wiring", WIRINGS)
+@pytest.mark.parametrize("name", RECURRENT)
+def test_all_recurrent_neurons(name: str, wiring: str, reset: str, device: str) -> None:
+    check(name, device, reset_mechanism=reset, **WIRINGS[wiring])
+    check_sequence(name, device, reset_mechanism=reset, **WIRINGS[wiring])
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_neurons_with_all_options(name: str, wiring: str, eager: None) -> None:
+    for reset in RESETS:
+        options = dict(reset_mechanism=reset, **WIRINGS[wiring])
+        check(name, "cpu", learn_beta=True, **options)
+        check_sequence(name, "cpu", **options)
+        check_sequence(name, "cpu", learn_recurrent=False, init_hidden=True, **options)
+        check_sequence(name, "cpu", init_hidden=True, output=True, **options)
+        if name == "RLeaky":
+            check(name, "cpu", reset_delay=False, **options)
+            check_sequence(name, "cpu", reset_delay=False, **options)
+        else:
+            check(name, "cpu", learn_alpha=True, **options)
+
+
+def test_recurrent_convolutions(eager: None) -> None:
+    from neuronjit.integrations.snntorch import Sequence
+
+    theirs, ours = pair("RLeaky", conv2d_channels=3, kernel_size=3)
+    x = inputs((T, 2, 3, 4, 5))
+    compare(theirs, ours, x)
+    for layer in (theirs, ours):
+        layer.reset_mem()
+    want = [theirs(step) for step in x]
+    spikes, mem = Sequence(ours, every_state=True)(x)
+    assert torch.equal(spikes, torch.stack([out[0] for out in want]))
+    assert torch.equal(mem, torch.stack([out[1] for out in want]))
+    assert Sequence(ours)(x[:0])[0].shape == x[:0].shape and torch.equal(ours.mem, mem[-1])
 
 
 @each_device
@@ -596,8 +665,10 @@ def test_sequences_of_what_no_kernel_runs() -> None:
 
     with pytest.raises(nj.InputTypeError, match=r"must be a snnTorch Leaky or .*, got Linear"):
         Sequence(torch.nn.Linear(2, 2))
-    with pytest.raises(nj.SpecError, match="no kernel can run this RLeaky: it is recurrent"):
-        Sequence(snntorch.RLeaky(0.9, all_to_all=False))
+    with pytest.raises(nj.SpecError, match="no kernel can run this SLSTM: no equations for it"):
+        Sequence(snntorch.SLSTM(2, 2))
+    with pytest.raises(nj.SpecError, match="RSynaptic: reset_delay=False, which the RSynaptic"):
+        Sequence(node("RSynaptic", reset_delay=False, **ONE))
     seq = Sequence(node("Leaky"))
     with pytest.raises(nj.InputTypeError, match="takes the input and then mem"):
         seq(torch.ones(2, 3), syn=torch.ones(3))

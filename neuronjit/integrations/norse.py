@@ -47,6 +47,36 @@ def _li() -> NeuronModel:
 
 
 @cache
+def _li_box() -> NeuronModel:
+    return NeuronModel(
+        "norse_li_box",
+        "h = v + dt * tau_mem_inv * (v_leak - v + x)\nv = h\ny = v",
+        state=dict(v=0.0),
+        params=dict(tau_mem_inv=100.0, v_leak=0.0, dt=0.001),
+    )
+
+
+@cache
+def _lsnn() -> NeuronModel:
+    """A threshold b that falls back to v_threshold and rises by beta with each spike."""
+    return NeuronModel(
+        "norse_lsnn",
+        """
+        theta = b + dt * tau_adapt_inv * (v_threshold - b)
+        h = v + dt * tau_mem_inv * (v_leak - v + i)
+        b = theta + s * beta
+        i = i - dt * tau_syn_inv * i + x
+        """,
+        state=dict(v=0.0, i=0.0, b=1.0),
+        params=dict(
+            tau_syn_inv=200.0, tau_mem_inv=100.0, tau_adapt_inv=1 / 800, v_leak=0.0, beta=1.8,
+            dt=0.001,
+        ),
+        strict=True,
+    )  # fmt: skip
+
+
+@cache
 def _izhikevich() -> NeuronModel:
     """With all numbers of IzhikevichParameters, in Norse's order: the rates are products in p."""
     return NeuronModel(
@@ -81,9 +111,11 @@ NODES = {
     "LIFAdEx": Row("lif_adex_feed_forward_step", lambda: neurons.NORSE_LIF_ADEX),
     "IAF": Row("iaf_feed_forward_step", lambda: neurons.NORSE_IAF, lambda p, dt: {}),
     "LI": Row("li_feed_forward_step", _li),
+    "LSNN": Row("lsnn_feed_forward_step", _lsnn),
     "Izhikevich": Row("izhikevich_feed_forward_step", _izhikevich, _rates),
 }
 NODES |= {f"{name}Cell": row for name, row in NODES.items()}
+NODES["LIBoxCell"] = Row("li_box_feed_forward_step", _li_box)
 NODES["LIFBoxCell"] = Row("lif_box_feed_forward_step", lambda: neurons.NORSE_LIF_BOX)
 
 _NO_SLOPE = Surrogate("Heaviside", "0")

@@ -34,13 +34,19 @@ class Row(NamedTuple):
     """What a neuron computes in a step, after r, which is 1 where the last step ended in a spike.
 
     The zoo's models say the same for fixed numbers. Here decays are clamped as snnTorch's are, and
-    the graded spike comes out.
+    the graded spike comes out. `rec` is what the last step's spikes add to the input.
     """
 
     name: str
-    states: tuple[str, ...]  # attributes, in the order of forward's arguments; mem is the model's v
+    # attributes, in the order of forward's arguments; mem is the model's v, spk are the last spikes
+    states: tuple[str, ...]
     params: tuple[str, ...]  # attributes; each neuron has threshold and graded_spikes_factor too
     charge: Mapping[str, str]  # by what is done after a spike: "sub", "zero", "int" (nothing)
+
+    @property
+    def returned(self) -> list[str]:
+        """The states that `forward` returns after the spikes."""
+        return [name for name in self.states if name != "spk"]
 
 
 _SYN = "syn = clamp(alpha, 0, 1) * syn + x\n"
@@ -51,6 +57,7 @@ inh = b * syn_inh - x
 exc = a * syn_exc + x
 h = (log(a) / (log(b) - log(a)) + 1) * (exc + inh)
 """
+_RSYN = "syn = clamp(alpha, 0, 1) * syn + x + rec\n"
 _RC = "h = x * R * (1 / (R * C)) * time_step + (1 - time_step / (R * C)) * v"
 
 NODES = {
@@ -85,6 +92,22 @@ NODES = {
             "Lapicque", ("mem",), ("R", "C", "time_step"),
             dict(sub=f"{_RC} - r * v_threshold", zero=f"{_RC}\nh = h - h * r", int=_RC),
         ),
+        Row(
+            "RLeaky", ("spk", "mem"), ("beta",),
+            dict(
+                sub="h = clamp(beta, 0, 1) * v + x + rec - r * v_threshold",
+                zero="h = clamp(beta, 0, 1) * v + x + rec\nh = h - h * r",
+                int="h = clamp(beta, 0, 1) * v + x + rec",
+            ),
+        ),
+        Row(
+            "RSynaptic", ("spk", "syn", "mem"), ("alpha", "beta"),
+            dict(
+                sub=f"{_RSYN}h = clamp(beta, 0, 1) * v + syn - r * v_threshold",
+                zero=f"{_RSYN}h = clamp(beta, 0, 1) * v + syn\nh = h - h * r",
+                int=f"{_RSYN}h = clamp(beta, 0, 1) * v + syn",
+            ),
+        ),
     )
 }  # fmt: skip
 
@@ -94,27 +117,38 @@ _AT_ONCE = {  # with reset_delay=False; y / g - r undoes what the charge has res
 }
 
 
+# how spikes come back: not at all; each neuron's own, times V, in the kernel; or through a module
+# between the steps, as an input
+_NONE, _ONE, _ALL = "", "one_to_one", "all_to_all"
+
 # dictionaries, because torch.compile reads them where it would trace through functools.cache
-_models: dict[tuple[str, str, str], NeuronModel] = {}
+_models: dict[tuple[str, str, str, str], NeuronModel] = {}
 _slopes: dict[FunctionType, Surrogate] = {}
 
 
-def _model(row: Row, before: str, after: str) -> NeuronModel:
+def _model(row: Row, before: str, after: str, wiring: str) -> NeuronModel:
     """The model of a neuron that resets so `before` it charges and `after` it fired."""
-    key = (row.name, before, after)
+    key = (row.name, before, after, wiring)
     return _models.get(key) or _models.setdefault(key, _new_model(*key))
 
 
-def _new_model(name: str, before: str, after: str) -> NeuronModel:
+def _new_model(name: str, before: str, after: str, wiring: str) -> NeuronModel:
     row = NODES[name]
     text = f"{row.charge[before]}\ny = s * graded_spikes_factor\n{_AT_ONCE.get(after, 'v = h')}"
     if before != "int" or after in _AT_ONCE:
         text = f"r = where(v > v_threshold, 1, 0)\n{text}"
+    if wiring == _ONE:
+        text = f"rec = spk * V\n{text}"
+    if wiring != _NONE:
+        text = f"{text}\nspk = y"
+    said = [name.lower(), before, "at_once" if after in _AT_ONCE else "", wiring]
+    params = [*row.params, *(["V"] if wiring == _ONE else []), "graded_spikes_factor"]
     return NeuronModel(
-        "_".join([name.lower(), before, *(["at_once"] if after in _AT_ONCE else [])]),
+        "_".join(part for part in said if part),
         text,
-        state=dict.fromkeys(["v", *row.states[:-1]], 0.0),
-        params=dict.fromkeys((*row.params, "graded_spikes_factor"), 0.5),
+        inputs=("x", "rec") if wiring == _ALL else ("x",),
+        state=dict.fromkeys(["v", *(state for state in row.states if state != "mem")], 0.0),
+        params=dict.fromkeys(params, 0.5),
         strict=True,
     )
 
@@ -194,8 +228,7 @@ def look(module: torch.nn.Module) -> Row | str | None:
         return None
     base = known(kind)
     if base is None:
-        why = "it is recurrent" if hasattr(module, "recurrent") else "no equations for it"
-        return f"{why}; there are some for {', '.join(NODES)}"
+        return f"no equations for it; there are some for {', '.join(NODES)}"
     if not hasattr(module, "state_function") or not hasattr(module, "graded_spikes_factor"):
         return f"an older snnTorch; {TESTED} is known"
     if changed := classes.own_dynamics(module, base, _DYNAMICS):
@@ -229,19 +262,33 @@ def _read(node: Any, row: Row) -> tuple[NeuronModel, Surrogate]:
     if not own:
         raise SpecError("its state_function is no method of its own that is known")
     after = "none" if getattr(node, "reset_delay", True) else node.reset_mechanism
-    return _model(row, before, after), _surrogate(node.spike_grad)
+    if after != "none" and row.name == "RSynaptic":  # it raises, or resets what it does not return
+        raise SpecError("reset_delay=False, which the RSynaptic of snnTorch 1.0.0 does not do")
+    return _model(row, before, after, _wiring(node, row)), _surrogate(node.spike_grad)
+
+
+def _wiring(node: Any, row: Row) -> str:
+    if "spk" not in row.states:
+        return _NONE
+    kind = type(node.recurrent)
+    own = kind.__name__ == "RecurrentOneToOne" and kind.__module__.startswith(_FAMILY)
+    return _ONE if own else _ALL
 
 
 # --- running it -----------------------------------------------------------------------------------
 
 
-def _params(node: Any, row: Row, dtype: torch.dtype) -> dict[str, Any]:
+def _params(node: Any, row: Row, model: NeuronModel, x_seq: Tensor) -> dict[str, Any]:
     named = {name: getattr(node, name) for name in (*row.params, "graded_spikes_factor")}
     named["v_threshold"] = node.threshold
+    if "V" in model.params:
+        named["V"] = node.recurrent.V
+        if not named["V"].ndim:  # where it is not learned, `.to(device)` does not reach it
+            named["V"] = named["V"].to(x_seq.device)
     for name, value in named.items():
         if not value.is_floating_point():  # snnTorch keeps threshold=1 as an integer
             named[name] = value.float()
-        elif value.dtype == torch.float64 != dtype and value.ndim:
+        elif value.dtype == torch.float64 != x_seq.dtype and value.ndim:
             raise SpecError(f"{name} is a float64 tensor, which makes its potentials float64")
     return named
 
@@ -257,16 +304,35 @@ def _run(node: Any, row: Row, x_seq: Tensor, args: Any, kwargs: Any, every: bool
             setattr(node, name, value)
     keys = {name: "v" if name == "mem" else name for name in row.states}
     held = {key: getattr(node, name) for name, key in keys.items()}
+    state = {key: z if z.shape == x_seq.shape[1:] else 0.0 for key, z in held.items()}
     model, surrogate = _read(node, row)
-    out = multistep(
-        model, x_seq, {key: z if z.shape == x_seq.shape[1:] else 0.0 for key, z in held.items()},
-        surrogate=surrogate, record=tuple(held) if every else (),
-        **_params(node, row, x_seq.dtype),
-    )  # fmt: skip
+    options: dict[str, Any] = _params(node, row, model, x_seq)
+    options.update(surrogate=surrogate, record=tuple(held) if every else ())
+    if "rec" in model.inputs:
+        out = _step_by_step(node.recurrent, model, x_seq, state, **options)
+    else:
+        out = multistep(model, x_seq, state, **options)
     for name, key in keys.items():
         setattr(node, name, out.state[key])
     node.reset = None  # what snnTorch would keep here is inside the kernel
     return out
+
+
+def _step_by_step(
+    recurrent: Any, model: NeuronModel, x_seq: Tensor, state: Mapping[str, Any], **options: Any
+) -> Output:
+    """As multistep, a kernel for each step, with a module for the last spikes between them."""
+    if not isinstance(state["spk"], Tensor):
+        state = {**state, "spk": x_seq.new_zeros(x_seq.shape[1:])}
+    steps = []
+    for x in x_seq.split(1):
+        rec = recurrent(state["spk"]).unsqueeze(0)
+        steps.append(multistep(model, x, state, rec=rec, **options))
+        state = steps[-1].state
+    if len(steps) == 1:
+        return steps[0]
+    record = {name: torch.cat([out.record[name] for out in steps]) for name in steps[0].record}
+    return Output(torch.cat([out.spikes for out in steps]), state, record)
 
 
 def _check(node: Any, row: Row, args: Any, kwargs: Any) -> None:
@@ -302,21 +368,26 @@ class Methods:
                 UserWarning,
             )
             return super().forward(input_, *args, **kwargs)  # type: ignore[misc]
-        spikes = out.spikes[0].float()  # as snnTorch's, whatever the input's dtype
+        # float32 as snnTorch's, whatever the input's dtype; no view, where it is a state as well
+        spikes = (node.spk if "spk" in row.states else out.spikes[0]).float()
         if node.init_hidden and not node.output:
             return spikes
-        return (spikes, *(getattr(node, name) for name in row.states))
+        return (spikes, *(getattr(node, name) for name in row.returned))
 
 
 class Sequence(torch.nn.Module):
     """A neuron of snnTorch over a whole sequence: one kernel in place of a loop over time.
+
+    A recurrent one with `all_to_all=True`, whose spikes go through its `recurrent` between the
+    steps, is a loop here, of one kernel a step.
 
     Options, parameters and states are the layer's, read at every call; it keeps the last states.
     Its own `forward` and hooks do not run. `utils.reset(net)` looks for neurons among the direct
     children of `net` only: where they stand in sequences, call `reset_mem`.
 
     Args:
-        layer: snnTorch's Leaky, Synaptic, Alpha or Lapicque, accelerated or not.
+        layer: snnTorch's Leaky, Synaptic, Alpha, Lapicque, RLeaky or RSynaptic, accelerated or
+            not.
         every_state: return the states of all steps, `[T, N, *]`, in place of the last ones.
 
     Raises:
@@ -363,5 +434,5 @@ class Sequence(torch.nn.Module):
         if node.init_hidden and not node.output:
             return spikes
         if self.every_state:
-            return (spikes, *(out.record["v" if n == "mem" else n] for n in row.states))
-        return (spikes, *(getattr(node, name) for name in row.states))
+            return (spikes, *(out.record["v" if n == "mem" else n] for n in row.returned))
+        return (spikes, *(getattr(node, name) for name in row.returned))

@@ -38,8 +38,12 @@ class Row(NamedTuple):
     """What a node computes, read from the instance at every call; SpecError where we cannot."""
 
     model: Callable[[Any], NeuronModel]  # its states are named as the node's memories
-    params: Callable[[Any], Mapping[str, Any]]  # but v_threshold and v_reset, which all have
+    params: Callable[[Any], Mapping[str, Any]]  # v_threshold and v_reset only where they differ
     surrogate: Callable[[Any], Surrogate] = _surrogate
+    # the sequence as kernels take it, and the parameters and inputs whose shapes are made for it
+    fit: Callable[[Any, Tensor], tuple[Tensor, Mapping[str, Any]]] | None = None
+    # what single steps put out in place of spikes, of the step's h
+    analog: Callable[[Any, Tensor], Tensor] | None = None
 
 
 def _attributes(*names: str) -> Callable[[Any], Mapping[str, Any]]:
@@ -70,6 +74,59 @@ _RAF = NeuronModel(
 def _rotation(node: Any) -> Mapping[str, float]:
     angle = node.omega * node.dt
     return dict(alpha=math.exp(node.b * node.dt), cosine=math.cos(angle), sine=math.sin(angle))
+
+
+# neurons.GATED_LIF, whose gates and leaks are numbers of the layer but for the gain of each step
+_GATED_LIF = NeuronModel(
+    "gated_lif_steps",
+    """
+    h = decay * v - leak + x * gain
+    h = h - decay * v * gamma * last - fall * last
+    last = s
+    v = h
+    u = h
+    """,
+    inputs=("x", "gain"),
+    state=dict(v=0.0, u=0.0, last=0.0),
+    params=dict(decay=0.6, leak=0.03, gamma=0.5, fall=0.25, v_threshold=0.5),
+)
+
+
+def _gated(node: Any, x_seq: Tensor) -> tuple[Tensor, Mapping[str, Any]]:
+    if node.step_mode != "m":
+        raise SpecError("step_mode='s', and a GatedLIFNode has numbers for each step of a sequence")
+    if x_seq.dim() != 5 or len(x_seq) < node.T:
+        raise SpecError(f"its input is not [T, N, C, H, W] with T >= {node.T}")
+    names = ("alpha", "beta", "gamma", "tau", "v_threshold", "linear_decay", "v_subreset")
+    alpha, beta, gamma, tau, threshold, linear_decay, v_subreset = (
+        getattr(node, name).view(-1, 1, 1).sigmoid() for name in names
+    )
+    conduct = node.conduct.view(node.T, 1, -1, 1, 1).sigmoid()
+    return x_seq[: node.T], dict(
+        gain=1 - beta * (1 - conduct),
+        decay=1 - alpha * (1 - tau),
+        leak=(1 - alpha) * linear_decay,
+        gamma=gamma,
+        fall=(1 - gamma) * v_subreset,
+        v_threshold=threshold,
+    )
+
+
+_ACTIVATION_AWARE = NeuronModel(
+    "activation_aware_if",
+    "h = v + x\ns = fire(h + v_offset, theta)",
+    state=dict(v=0.0),
+    params=dict(v_offset=0.0),
+)
+
+
+def _by_channel(node: Any, x_seq: Tensor) -> tuple[Tensor, Mapping[str, Any]]:
+    dims, channel = x_seq.dim() - 1, node.channel_dim
+    if not -dims <= channel < dims:
+        raise SpecError(f"channel_dim={channel}, and a step of its input has {dims} dimensions")
+    after = (1,) * (dims - 1 - channel % dims)
+    named = {name: getattr(node, name) for name in ("v_threshold", "v_offset")}
+    return x_seq, {n: z.view(-1, *after) if z.dim() else z for n, z in named.items()}
 
 
 _CHARGES = {
@@ -126,6 +183,15 @@ def _clif_surrogate(node: Any) -> Surrogate:
     return ours if node.training or not ours.spiking else _NO_SLOPE  # as the node in eval mode
 
 
+def _lif(node: Any) -> NeuronModel:
+    return neurons.LIF if node.decay_input else neurons.LIF_NO_DECAY
+
+
+def _activation(node: Any, h: Tensor) -> Tensor:
+    out: Tensor = node.act(h - node.v_threshold if node.threshold_related else h)
+    return out
+
+
 def _ilif(node: Any) -> Mapping[str, Any]:
     count = node.surrogate_function
     if not count.spiking or (count.grad_min, count.grad_max) != (0, count.max_spike_count):
@@ -135,9 +201,8 @@ def _ilif(node: Any) -> Mapping[str, Any]:
 
 NODES = {
     "IFNode": Row(lambda node: neurons.IF, _attributes()),
-    "LIFNode": Row(
-        lambda node: neurons.LIF if node.decay_input else neurons.LIF_NO_DECAY, _attributes("tau")
-    ),
+    "HalfThresholdIFNode": Row(lambda node: neurons.IF, _attributes()),
+    "LIFNode": Row(_lif, _attributes("tau")),
     "ParametricLIFNode": Row(
         lambda node: neurons.PLIF if node.decay_input else neurons.PLIF_NO_DECAY,
         lambda node: {"reciprocal_tau": node.w.sigmoid()},
@@ -163,6 +228,31 @@ NODES = {
     ),
     "ComplementaryLIFNode": Row(_clif, _attributes("tau"), _clif_surrogate),
     "ILIFNode": Row(lambda node: neurons.ILIF, _ilif, lambda node: StraightThrough),
+    "LIAFNode": Row(_lif, _attributes("tau"), analog=_activation),
+    "GatedLIFNode": Row(lambda node: _GATED_LIF, _attributes(), fit=_gated),
+    "ActivationAwareIFNode": Row(lambda node: _ACTIVATION_AWARE, _attributes(), fit=_by_channel),
+}
+# why others have none, and those that are derived from them
+_READOUT = "it is a readout, which never fires"
+_NO_LOOP = "it is a product or a convolution over time, no loop"
+_RATES = "its gradient is that of rates, over the whole sequence"
+_REASONS = {
+    "SimpleBaseNode": "its charge, fire and reset are methods to override; use IFNode or LIFNode",
+    "NonSpikingBaseNode": _READOUT,
+    "NoisyNonSpikingBaseNode": _READOUT,
+    "NoisyBaseNode": "it draws random numbers in each step",
+    "ILCBaseNode": "it is recurrent: a convolution of its spikes is added to the next input",
+    "MPBNBaseNode": "it normalises its potential over the batch, within each step",
+    "OTTTLIFNode": "it learns online, from a trace that it puts out beside its spikes",
+    "SLTTLIFNode": "it learns online: each step forgets where its potential is from",
+    "PSN": _NO_LOOP,
+    "MaskedPSN": _NO_LOOP,
+    "SlidingPSN": _NO_LOOP,
+    "DSRIFNode": _RATES,
+    "DSRLIFNode": _RATES,
+    "FewSpikeNode": "its steps are the digits of one number, which comes at once",
+    "STBIFNode": "it has no gradient, and kernels of SpikingJelly's own",
+    "FlexSN": "its equations are a function in Python, which SpikingJelly compiles itself",
 }
 
 # a class or an instance that has one of these of its own has dynamics of its own
@@ -183,6 +273,10 @@ def look(module: torch.nn.Module) -> Row | str | None:
     kind = type(module)
     if not classes.family(kind, _NEURONS):
         return None
+    names = [base.__name__ for base in classes.family(kind, _NEURONS)]
+    named = next((name for name in names if name in NODES or name in _REASONS), None)
+    if named in _REASONS:
+        return _REASONS[named]
     base = known(kind)
     if base is None:
         return f"no equations for it; there are some for {', '.join(NODES)}"
@@ -199,12 +293,14 @@ def describe(module: Any, row: Row) -> str:
     surrogate = row.surrogate(module)
     numbers = ", ".join(f"{value:g}" for value in surrogate.values)
     smooth = "" if surrogate.spiking else ", not spiking"
-    reset = "soft" if module.v_reset is None else "hard"
-    return f"{row.model(module).name}, {reset} reset, {surrogate.name}({numbers}){smooth}"
+    model = row.model(module)
+    reset = "own" if model.own_reset else "soft" if module.v_reset is None else "hard"
+    then = ", its activation in single steps" if row.analog else ""
+    return f"{model.name}, {reset} reset, {surrogate.name}({numbers}){smooth}{then}"
 
 
 def _why_not(node: Any, row: Row) -> str | None:
-    if node._neuron_precision is not None:
+    if getattr(node, "_neuron_precision", None) is not None:
         return _PRECISION
     try:
         row.model(node), row.params(node), row.surrogate(node)
@@ -234,7 +330,7 @@ class Methods:
 
     def single_step_functional_forward(self, inputs: Any, states: Any, **kwargs: Any) -> Any:
         """One time step as a kernel of T = 1."""
-        out = self._run(inputs[0].unsqueeze(0), states)
+        out = self._run(inputs[0].unsqueeze(0), states, steps=True)
         if out is None:
             return super().single_step_functional_forward(inputs, states, **kwargs)  # type: ignore[misc]
         return (out.spikes[0],), tuple(out.state[name] for name in self._memories)
@@ -249,27 +345,39 @@ class Methods:
     def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Any:
         """A whole sequence as one kernel, which stores `v_seq` where that is asked for."""
         states = self.materialize_states((x_seq,), tuple(self._memories.values()), "m")
-        stored = ("v",) if self.store_v_seq else ()  # type: ignore[attr-defined]
-        out = self._run(x_seq, states, stored)
+        store = getattr(self, "store_v_seq", False)
+        # as SpikingJelly, which runs single steps where it stores them
+        out = self._run(x_seq, states, ("v",) if store else (), steps=store)
         if out is None:
             return super().multi_step_forward(x_seq, *args, **kwargs)  # type: ignore[misc]
-        self._memories.update(out.state)
-        self.v_seq = out.record.get("v")
+        for name in self._memories:
+            self._memories[name] = out.state[name]
+        if store:
+            self.v_seq = out.record["v"]
         return out.spikes
 
-    def _run(self, x_seq: Tensor, states: Any, record: tuple[str, ...] = ()) -> Output | None:
-        """The kernel's output; None where the node was changed into what only SpikingJelly runs."""
+    def _run(
+        self, x_seq: Tensor, states: Any, record: tuple[str, ...] = (), steps: bool = False
+    ) -> Output | None:
+        """The kernel's output; None where only SpikingJelly can run the node, or this input."""
         node: Any = self
         row = node._neuronjit
+        given: dict[str, Any] = {
+            "v_threshold": node.v_threshold, "v_reset": getattr(node, "v_reset", None)
+        }  # fmt: skip
         try:
-            if node._neuron_precision is not None:
+            if getattr(node, "_neuron_precision", None) is not None:
                 raise SpecError(_PRECISION)
-            model, params, surrogate = row.model(node), row.params(node), row.surrogate(node)
+            model, surrogate = row.model(node), row.surrogate(node)
+            given.update(row.params(node))
+            if row.fit is not None:
+                x_seq, fitted = row.fit(node, x_seq)
+                given.update(fitted)
         except NeuronJitError as error:
             name = type(node).__name__
             warn_once(
                 ("left", name, str(error)),
-                f"an accelerated {name} was changed, and SpikingJelly runs it again: {error}",
+                f"SpikingJelly runs an accelerated {name} itself: {error}",
                 UserWarning,
             )
             return None
@@ -277,11 +385,15 @@ class Methods:
             for state in states:
                 if isinstance(state, Tensor) and state.requires_grad:
                     note_carried(state, type(node).__name__)
-        return multistep(
+        analog = row.analog if steps else None
+        out = multistep(
             model, x_seq, dict(zip(node._memories, states, strict=True)), surrogate=surrogate,
-            detach_reset=node.detach_reset, record=record, v_threshold=node.v_threshold,
-            v_reset=node.v_reset, **params,
+            detach_reset=getattr(node, "detach_reset", False),
+            record=record if analog is None else (*record, "h"), **given,
         )  # fmt: skip
+        if analog is None:
+            return out
+        return out._replace(spikes=torch.stack([analog(node, h) for h in out.record["h"]]))
 
 
 # --- our own layers among SpikingJelly's ----------------------------------------------------------

@@ -18,10 +18,12 @@ from ..models.surrogate import Surrogate
 from ..neurons import as_model
 from ..run.autograd import Output, multistep, note_carried
 from ..run.checks import check_number
+from ..settings import warn_once
 from ..surrogates import ATan, Sigmoid, as_surrogate
 from ..torch_private import capturing
 
 Number = float | Tensor
+_MANY = 32  # calls that look like single steps, before a layer of sequences warns
 # defaults are told from what a caller gives by identity, so these are objects of their own
 SIGMOID, ATAN = Sigmoid(alpha=4.0), ATan(alpha=2.0)
 
@@ -116,6 +118,7 @@ class Neuron(torch.nn.Module):
         self._memories: dict[str, Any] = dict.fromkeys(self.model.state)  # None: not yet run
         self._held: dict[str, Tensor] = {}  # the state where CUDA graphs read and write it
         self._reset_in_capture = False
+        self._steps_alone = 0  # calls that looked like single steps: see _note_single_step
         self._norm: Any = None  # the batch norm before it, which its kernels do: see batch_norm.py
 
     # --- parameters ----------------------------------------------------------------------------
@@ -246,20 +249,51 @@ class Neuron(torch.nn.Module):
 
     def _carried(self, x: Any) -> dict[str, Any]:
         """The kept state where it fits x; what was left by a batch of another shape starts anew."""
+        if not isinstance(x, Tensor):
+            return dict(self._memories)
+        sequence, shape, device = self.step_mode == "m" and x.dim() > 0, x.shape, x.device
+        step = shape[1:] if sequence else shape
         kept: dict[str, Any] = {}
+        carried = learning = False
         for name, value in self._memories.items():
-            if isinstance(value, Tensor) and isinstance(x, Tensor) and name not in self._assigned:
-                if value.shape != (x.shape[1:] if self.step_mode == "m" else x.shape):
+            if isinstance(value, Tensor) and name not in self._assigned:
+                if value.shape != step:
                     continue
-                value = value.to(x.device)
+                if value.device != device:
+                    value = value.to(device)
                 if value.is_inference() and not torch.is_inference_mode_enabled():
                     value = value.clone()  # autograd cannot save it: training after an evaluation
                 elif value is self._held.get(name):
                     value = value.clone()  # autograd may save it, and its place is written again
+                carried = True
                 if value.requires_grad and not is_compiling():
+                    learning = True
                     note_carried(value, type(self).__name__)
             kept[name] = value
+        if carried and sequence and not is_compiling():
+            if shape[0] == 1 or (learning and len(shape) in (2, 4)):
+                self._note_single_step(x)
+            elif self._steps_alone:
+                self._steps_alone = 0
         return kept
+
+    def _note_single_step(self, x: Tensor) -> None:
+        """Warn where a layer of sequences seems to be called by a loop over time, time after time.
+
+        Its sequences have one step; or gradients go through many calls of `[N, C]` or
+        `[N, C, H, W]`, of which it takes the first dimension for time. Resets in between do not
+        end the count, because loops may be short; a whole sequence that goes on from another does.
+        """
+        self.__dict__["_steps_alone"] += 1  # attributes of modules are slow to set
+        if self._steps_alone == _MANY:
+            warn_once(
+                "single steps",
+                f"{type(self).__name__} has step_mode='m', so each call takes a sequence"
+                f" [T, N, *]; {_MANY} calls, the last with {list(x.shape)}, went on from the state"
+                " of the one before, as single steps do. Call it once with the whole sequence, or"
+                " set step_mode='s' for single steps [N, *]",
+                UserWarning,
+            )
 
     def reset(self) -> None:
         """Forget the state and the stored sequence."""
