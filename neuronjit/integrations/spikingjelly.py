@@ -218,6 +218,7 @@ class Methods:
 
     _neuronjit: Row
     _memories: dict[str, Any]
+    _norm: Any = None  # the batch norm before it, which its kernels do: see nn/batch_norm.py
 
     def materialize_states(self, inputs: Any, states: Any, step_mode: str) -> Any:
         """States as they are where they fit the input: kernels take numbers, and keep float32."""
@@ -267,6 +268,11 @@ class Methods:
             model, params, surrogate = row.model(node), row.params(node), row.surrogate(node)
         except NeuronJitError as error:
             name = type(node).__name__
+            if node._norm is not None:
+                raise SpecError(
+                    f"a {name} was changed, and SpikingJelly's runs without the batch norm that is"
+                    f" fused into it: {error}; call neuronjit.nn.unfuse(net) first"
+                ) from None
             warn_once(
                 ("left", name, str(error)),
                 f"an accelerated {name} was changed, and SpikingJelly runs it again: {error}",
@@ -277,7 +283,8 @@ class Methods:
             for state in states:
                 if isinstance(state, Tensor) and state.requires_grad:
                     note_carried(state, type(node).__name__)
-        return multistep(
+        run = multistep if node._norm is None else node._norm.multistep
+        return run(
             model, x_seq, dict(zip(node._memories, states, strict=True)), surrogate=surrogate,
             detach_reset=node.detach_reset, record=record, v_threshold=node.v_threshold,
             v_reset=node.v_reset, **params,
