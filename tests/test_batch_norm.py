@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import each_device
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import neuronjit as nj
 from neuronjit.nn import batch_norm
@@ -303,6 +304,13 @@ def forwards() -> dict[str, Any]:
         "others take the output": lambda self, x: (y := self.first(x), self.sn(y) + features(y))[1],
         "it is returned too": lambda self, x: (y := self.first(x), (self.sn(y), y))[1],
         "something between": lambda self, x: self.sn(features(self.first(x))),
+        "changed in place": lambda self, x: (
+            x := x + 0,
+            y := self.first[1](x.flatten(0, 1)),
+            x.mul_(2),
+            self.sn(y),
+        )[-1],
+        "something in between": lambda self, x: (y := self.first(x), x.mul_(2), self.sn(y))[-1],
         "a module between": lambda self, x: self.sn(self.relu(self.first(x))),
         "the norm runs twice": lambda self, x: self.sn(self.first(x)) + self.first(x),
         "the neuron runs twice": lambda self, x: self.sn(self.sn(self.first(x))),
@@ -354,6 +362,22 @@ def test_fuse_leaves_alone_what_it_cannot_see_through() -> None:
     ):
         assert nj.nn.fuse(net) == 0
     assert nj.nn.fuse(nn.Sequential(nn.Sequential(each(norm(2)), lif()), lif())) == 1
+
+
+def test_a_parametrised_norm() -> None:
+    """Its weight is computed, from a parameter that gets the gradient."""
+    nets = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        norm = nn.BatchNorm2d(2)
+        parametrize.register_parametrization(norm, "weight", nn.Softplus())
+        neuron = nj.nn.LIF(surrogate=SMOOTH, backend="eager")
+        nets.append(nn.Sequential(nj.nn.EachStep(nn.Conv2d(2, 2, 3), norm), neuron).double())
+    assert nj.nn.fuse(nets[1]) == 1
+    for net in nets:
+        net(sequence((3, 2, 2, 4, 4), 1)).square().sum().backward()
+    for want, got in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_a_fused_neuron_knows_when_its_norm_did_not_run() -> None:
@@ -416,6 +440,8 @@ def test_norms_of_spikingjelly(pays: bool, monkeypatch: pytest.MonkeyPatch) -> N
 def test_fuse_knows_spikingjellys_containers_and_norms() -> None:
     from spikingjelly.activation_based import layer
 
+    from neuronjit.compat import layer as old
+
     lif, two = nj.nn.LIF, dict(step_mode="m")
     for before, count in (
         (layer.BatchNorm2d(2, **two), 1),
@@ -427,6 +453,8 @@ def test_fuse_knows_spikingjellys_containers_and_norms() -> None:
         (layer.SeqToANNContainer(layer.BatchNorm2d(2)), 1),
         (layer.MultiStepContainer(nn.BatchNorm2d(2)), 0),  # statistics of each step
         (layer.TLastSeqToANNContainer(nn.BatchNorm2d(2)), 0),
+        (old.BatchNorm2d(2, **two), 1),  # ours, for scripts of its old versions
+        (old.SeqToANNContainer(nn.BatchNorm2d(2)), 1),
     ):
         assert nj.nn.fuse(nn.Sequential(before, lif())) == count, before
 

@@ -192,11 +192,12 @@ def fuse(net: Module) -> int:
     """Run each batch norm of `net` that a neuron follows in that neuron's kernels; how many.
 
     Where they follow each other is read off the forwards of `net` and of all modules in it, by
-    torch.fx: nothing else may take the norm's output. The norm may be the last in containers
-    (Sequential, `EachStep`, SpikingJelly's SeqToANNContainer, blocks with a forward of their own).
-    Left alone are modules that are used several times or have hooks, and what stands in a forward
-    that branches on its input or has optional arguments. Residuals stay outside; for them there
-    is `NormedNeuron`.
+    torch.fx: the neuron is called right after the norm, and nothing else takes the norm's output.
+    The norm may be the last in containers (Sequential, `EachStep`, SpikingJelly's
+    SeqToANNContainer, blocks with a forward of their own). Left alone are modules that are used
+    several times or have hooks, and what stands in a forward that branches on its input or has
+    optional arguments; containers in such a one are taken to be called as a whole. Residuals stay
+    outside; for them there is `NormedNeuron`.
 
     Neurons are layers of this module, and nodes of SpikingJelly after `neuronjit.accelerate`.
     Parameters, buffers and the keys of `state_dict` stay; `unfuse` undoes it.

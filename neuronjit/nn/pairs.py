@@ -30,14 +30,14 @@ class _Calls(NamedTuple):
     """What a container's forward does with its children."""
 
     times: Counter[Module]  # how often it calls each
-    takers: dict[Module, Module | None]  # of outputs that one place takes: a child, or the caller
+    takers: dict[Module, Module | None]  # of outputs with one use, that follows: a child, or return
 
 
 def preceding(net: Module, neurons: Collection[Module]) -> dict[Module, Module | str]:
     """For each of `neurons` in `net` the batch norm that it follows, or why there is none.
 
-    It takes the norm's output, and nothing else does; containers that end in the norm may stand
-    between them. The norm sees time folded into its batch.
+    It is called right after the norm, with its output, which nothing else takes; containers that
+    end in the norm may stand between them. The norm sees time folded into its batch.
     """
     calls, found = _read_all(net, neurons)
     times: Counter[Module] = Counter()
@@ -56,7 +56,9 @@ def preceding(net: Module, neurons: Collection[Module]) -> dict[Module, Module |
             elif any(map(has_hooks, chain)):
                 found[neuron] = "hooks on it or on what stands before it would see other numbers"
             elif folded != 1:
-                found[neuron] = "the batch norm before it does not see time folded into its batch"
+                found[neuron] = (
+                    "the batch norm before it gets single steps, or time not folded into its batch"
+                )
             else:
                 found[neuron] = norm
     return found
@@ -92,7 +94,7 @@ def _read_all(
             for below in child.modules()
         ):
             read = _read(module)
-            if isinstance(read, str):  # its children are called, but who knows how
+            if isinstance(read, str):  # its children are called, in ways that are not known
                 lists = type(module).forward is Module.forward  # a ModuleList has no forward
                 todo += [(child, why if lists else read) for child in module.children()]
             else:
@@ -124,9 +126,12 @@ def _read(container: Module) -> _Calls | str:
         times |= Counter(nodes.values())
         takers.append({})
         for node, module in nodes.items():
-            users = [user for user in node.users if user.args == (node,) and not user.kwargs]
-            if len(node.users) == 1 and users and users[0].op in ("output", "call_module"):
-                takers[-1][module] = nodes.get(users[0])
+            taker = node.next  # nothing runs between, which could change the norm's input in place
+            if [*node.users] == [taker] and taker.args == (node,) and not taker.kwargs:
+                if taker.op == "output":
+                    takers[-1][module] = None
+                elif taker in nodes:
+                    takers[-1][module] = nodes[taker]
     return _Calls(times, dict(takers[0].items() & takers[1].items()))
 
 
