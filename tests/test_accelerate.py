@@ -709,6 +709,8 @@ def test_what_a_fused_node_cannot_become(monkeypatch: pytest.MonkeyPatch) -> Non
     assert nj.restore(torch.nn.Sequential(net[2])) == 1 and "forward" not in vars(net[1])
     assert nj.restore(net) == 3
     nj.accelerate(net, fuse=True)
+    with pytest.raises(nj.SpecError, match=r"IFNode is no layer of neuronjit\.nn"):
+        nj.nn.NormedNeuron(torch.nn.BatchNorm2d(4), net[2])
     before = net[2]
     net[2] = memopt.checkpoint_module(before, chunks=2)
     with pytest.raises(nj.SpecError, match=r"without its batch norm .*unfuse\(net\)"):
@@ -719,6 +721,11 @@ def test_what_a_fused_node_cannot_become(monkeypatch: pytest.MonkeyPatch) -> Non
     before.surrogate_function = Own()
     with pytest.raises(nj.SpecError, match=r"IFNode was changed.* unknown surrogate 'Own'.*unfuse"):
         net(images())
+
+
+class Narrow(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -737,6 +744,11 @@ def test_a_sample_of_a_fused_network(
     assert 0 < proof.gradients < 1e-10 and proof.spikes == 8 * 581
     assert proof.rounded is not None and proof.rounded < 0.05 * proof.spikes
     assert "compared in float64" in str(report) and "own dtype" in str(report)
+    if dtype is None:
+        narrow = torch.nn.Sequential(Narrow(), normed())
+        with pytest.raises(nj.AccelerationError, match=r"the model in float64 .* does not run"):
+            nj.accelerate(narrow, images(), fuse=True)
+        assert not any("forward" in vars(module) for module in narrow.modules())
     # what was accelerated before is compared with what it was
     plain = normed()
     nj.accelerate(plain)

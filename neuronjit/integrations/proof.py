@@ -26,6 +26,7 @@ from ..errors import AccelerationError
 _TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 _EXACT = 2e-5
 _FUSED = 1e-7  # where batch norms are fused, in float64
+_IN_FLOAT64 = " in float64 (as fused batch norms are compared)"
 _HALF = tuple(_TOLERANCE)
 _SECONDS = 0.5  # to spend on timing each of the two
 
@@ -45,8 +46,8 @@ class Proof:
     half: bool  # neurons got half precision: they were compared with the peer's in float32
     ms: tuple[float, float]  # a training step before and after
     mb: tuple[float, float] | None  # peak CUDA memory of a step, before and after, over the model's
-    # where batch norms are fused, all else is of float64; this, how many of the spikes differ in
-    # the model's own dtype
+    # where batch norms are fused, the above is of float64, and this how many of the spikes differ
+    # in the model's own dtype
     rounded: int | None = None
 
     @property
@@ -110,7 +111,7 @@ def prove(
     shown = _compared(before, after, paths, args, kwargs)
     if fused:
         first, second = (copied.double() for copied in copies())
-        exact = _compared(first, second, paths, _wide(args), _wide(kwargs), " in float64")
+        exact = _compared(first, second, paths, _wide(args), _wide(kwargs), _IN_FLOAT64)
         shown = {**exact, "tolerance": _FUSED, "rounded": shown["differing"]}
         del first, second
     costs = []

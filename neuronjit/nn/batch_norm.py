@@ -72,6 +72,8 @@ class NormedNeuron(Module):
 
     def __init__(self, norm: Module, neuron: Neuron, residual: str | None = None) -> None:
         super().__init__()
+        if isinstance(neuron, Module) and not isinstance(neuron, Neuron):
+            raise SpecError(f"{type(neuron).__name__} is no layer of neuronjit.nn")
         self.norm, self.neuron = norm, neuron
         neuron._norm = Norm(norm, neuron, residual)
 
@@ -87,10 +89,7 @@ class Norm:
     """
 
     def __init__(self, norm: Module, neuron: Module, residual: str | None = None) -> None:
-        why = _why_not(norm, neuron)
-        if not why and not hasattr(neuron, "_norm"):
-            why = f"{type(neuron).__name__} is no layer of neuronjit.nn"
-        if why:
+        if why := _why_not(norm, neuron):
             raise SpecError(f"cannot be fused: {why}")
         if residual not in (None, "before", "after"):
             raise SpecError(
@@ -215,7 +214,7 @@ def unfuse(net: Module) -> int:
 
 
 def fusable(net: Module, neurons: Collection[Module]) -> dict[Module, Module | str]:
-    """For each of `neurons` in `net` the batch norm that it can do, or why there is none."""
+    """For each of `neurons` in `net` the batch norm that it can do, or why it can do none."""
     return {
         neuron: norm if isinstance(norm, str) else _why_not(norm, neuron) or norm
         for neuron, norm in preceding(net, neurons).items()
