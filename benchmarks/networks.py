@@ -1,8 +1,9 @@
 """Training steps of SpikingJelly's own networks: its neurons, ours, and none; a GPU is needed.
 
 A step is reset, forward, loss, backward and SGD. `eager` is its wall clock, `captured` the replay
-of one CUDA graph of it. Ours is SpikingJelly's network after `neuronjit.accelerate`; "none" the
-same network with identities in place of the neurons, which is the floor.
+of one CUDA graph of it. Ours is SpikingJelly's network after `neuronjit.accelerate`, and "fused"
+after `neuronjit.accelerate(fuse=True)`; "none" the same network with identities in place of the
+neurons, which is the floor.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "Spikformer": (spikformer, 64, 32),
 }
 SETTINGS = (("float32", "NCHW"), ("float16", "channels_last"))
-WHOSE = ("spikingjelly", "neuronjit", "none")
+WHOSE = ("spikingjelly", "neuronjit", "fused", "none")
 
 
 def network(name: str, whose: str, layout: str) -> nn.Module:
@@ -84,8 +85,8 @@ def network(name: str, whose: str, layout: str) -> nn.Module:
             # Dropout of SpikingJelly's keeps a mask from call to call
             if neurons or "Dropout" in type(child).__name__:
                 setattr(parent, key, nn.Identity())
-    if whose == "neuronjit":
-        nj.accelerate(net, strict=True)
+    if whose in ("neuronjit", "fused"):
+        nj.accelerate(net, strict=True, fuse=whose == "fused")
     net = net.cuda()
     if layout == "channels_last":
         for weight in net.parameters():
@@ -168,23 +169,21 @@ def page(rows: list[dict[str, Any]], notes: list[str], where: dict[str, Any]) ->
         "Each cell: eager / captured as one CUDA graph; peak memory of a step above what lives on.",
         "",
     ]
-    lines += [
-        "| network | dtype, layout | SpikingJelly | neuronjit | times | no neurons | peak MB |"
-    ]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    columns = "network|dtype, layout|SpikingJelly|neuronjit|times|fused|times|no neurons|peak MB"
+    lines += [f"| {' | '.join(columns.split('|'))} |", "| --- " * 9 + "|"]
     found = {(r["network"], r["dtype"], r["layout"], r["whose"]): r for r in rows}
+    kinds = ("eager_ms", "captured_ms")
     for key in dict.fromkeys(k[:3] for k in found):
-        theirs, ours, none = (found.get((*key, whose)) for whose in WHOSE)
-        cells = [
-            f"{r['eager_ms']:.1f} / {r['captured_ms']:.1f}" if r else ""
-            for r in (theirs, ours, none)
-        ]
-        times = mb = ""
-        if theirs and ours:
-            times = " / ".join(f"{theirs[k] / ours[k]:.2f}" for k in ("eager_ms", "captured_ms"))
-            mb = f"{theirs['peak_MB']:.0f}, ours {ours['peak_MB']:.0f}"
-        row = [key[0], f"{key[1]} {key[2]}", cells[0], cells[1], times, cells[2], mb]
-        lines.append(f"| {' | '.join(row)} |")
+        of = {whose: found.get((*key, whose)) for whose in WHOSE}
+        theirs = of["spikingjelly"]
+        cells = [key[0], f"{key[1]} {key[2]}"]
+        for whose, r in of.items():
+            cells.append(" / ".join(f"{r[kind]:.1f}" for kind in kinds) if r else "")
+            if whose in ("neuronjit", "fused"):
+                both = theirs and r
+                cells.append(" / ".join(f"{theirs[k] / r[k]:.2f}" for k in kinds) if both else "")
+        peaks = [f"{r['peak_MB']:.0f}" for whose, r in of.items() if r and whose != "none"]
+        lines.append(f"| {' | '.join([*cells, ', '.join(peaks)])} |")
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
 
@@ -216,7 +215,7 @@ def main() -> None:
                     what, {k: v for k, v in (rows or [{}])[-1].items() if k != "losses"}, flush=True
                 )
     for row in rows:
-        if row["whose"] == "neuronjit" and row["dtype"] == "float32":
+        if row["whose"] in ("neuronjit", "fused") and row["dtype"] == "float32":
             same = [
                 r["losses"] for r in rows
                 if r["whose"] == "spikingjelly" and r["dtype"] == "float32"
@@ -224,7 +223,10 @@ def main() -> None:
             ]  # fmt: skip
             for losses in same:
                 worst = max(abs(a - b) / abs(a) for a, b in zip(losses, row["losses"], strict=True))
-                notes.append(f"{row['network']}, float32: losses of three steps within {worst:.0e}")
+                notes.append(
+                    f"{row['network']}, float32, {row['whose']}: losses of three steps within"
+                    f" {worst:.0e}"
+                )
     found = {"machine": machine("cuda"), "notes": notes, "rows": rows}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "networks.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -47,6 +47,12 @@ def capturing() -> bool:
     return torch.cuda.is_initialized() and _capturing()
 
 
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether anything watches the calls of this module, forward or backward."""
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return any(getattr(module, f"_{kind}", None) for kind in kinds)
+
+
 def has_tangents() -> bool:
     """Whether derivatives may go forward through the call (torch.autograd.forward_ad)."""
     return getattr(forward_ad, "_current_level", 0) >= 0

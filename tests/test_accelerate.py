@@ -19,6 +19,8 @@ from torch import Tensor
 
 import neuronjit as nj
 from neuronjit import settings
+from neuronjit.integrations import proof as proof_module
+from neuronjit.nn import batch_norm
 
 pytestmark = pytest.mark.peers("spikingjelly")
 
@@ -717,6 +719,246 @@ def test_wrong_gradients_are_found(wrong: Callable[..., None]) -> None:
     assert proof.outputs == 0 and proof.gradients > 1e-3
     assert proof.worst in {*dict(net.named_parameters()), "input 0"}
     assert "DIFFERENT" in str(proof) and proof.worst in str(proof)
+
+
+# --- batch norms in the nodes' kernels ------------------------------------------------------------
+
+
+@pytest.fixture
+def fused_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU too, where small sequences are not worth it."""
+    monkeypatch.setattr(batch_norm, "_pays", lambda x: True)
+
+
+def normed() -> Any:
+    """`network()`, and a batch norm in its block, at the end of a Sequential."""
+    from spikingjelly.activation_based import layer
+
+    net = network()
+    net[3].conv = torch.nn.Sequential(net[3].conv, layer.BatchNorm2d(4, step_mode="m"))
+    return net
+
+
+FUSED = {"2": "1", "3.sn": "3.conv.1"}
+
+
+def exact_losses(
+    net: Any, x: Tensor, count: int, reset: Callable[[Any], None] | None = None
+) -> list[Tensor]:
+    """Losses in float64, then gradients, parameters and statistics after some steps of SGD."""
+    from spikingjelly.activation_based import functional
+
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    found = []
+    for i in range(count):
+        (reset or functional.reset_net)(net)
+        optimizer.zero_grad()
+        target = (torch.arange(x.shape[1], device=x.device) + i) % 5
+        loss = torch.nn.functional.cross_entropy(net(x).mean(0), target)
+        loss.backward()
+        optimizer.step()
+        found.append(loss.detach())
+    assert len({loss.item() for loss in found}) > count / 2 and found[0].dtype == torch.float64
+    grads = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
+    assert all(grad.any() for grad in grads)
+    return [*found, *grads, *(value.clone() for value in net.state_dict().values())]
+
+
+def assert_equal(got: list[Tensor], want: list[Tensor], tolerance: float = 1e-9) -> None:
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        largest = b.abs().max().item()
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(largest, 1e-3))
+
+
+@each_device
+@pytest.mark.usefixtures("fused_always")
+def test_fused_networks_train_as_spikingjellys(device: str) -> None:
+    theirs, ours = normed().to(device).double(), normed().to(device).double()
+    x = images(device).double()
+    report = nj.accelerate(ours, fuse=True)
+    assert {layer.path: layer.norm for layer in report.layers if layer.norm} == FUSED
+    assert all("none stands directly before" in layer.apart for layer in report.layers[2:])
+    assert "if, hard reset, Sigmoid(4), with batch norm 1\n" in str(report)
+    assert "no batch norm fused: none stands" in str(report)
+    assert list(ours.state_dict()) == list(theirs.state_dict()) and repr(ours) == repr(theirs)
+    assert_equal(exact_losses(ours, x, 10), exact_losses(theirs, x, 10))
+    for net in (theirs.eval(), ours.eval()):
+        net[8].store_v_seq = net[2].store_v_seq = True
+        net(x)
+    assert_equal([ours[2].v_seq, ours[8].v_seq], [theirs[2].v_seq, theirs[8].v_seq])
+    assert nj.restore(ours) == 4
+    for module in ours.modules():
+        assert not {"forward", "_norm"} & vars(module).keys()
+    assert [type(m) for m in ours.modules()] == [type(m) for m in theirs.modules()]
+    assert_equal(exact_losses(ours.train(), x, 2), exact_losses(theirs.train(), x, 2))
+
+
+def test_fused_nodes_in_single_steps_copies_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spikingjelly.activation_based import functional
+
+    monkeypatch.setenv("NEURONJIT_BACKEND", "eager")
+    x = images().double()
+    theirs, ours = normed().double(), normed().double()
+    assert not [layer for layer in nj.accelerate(ours).layers if layer.norm or layer.apart]
+    again = nj.accelerate(ours, fuse=True)  # accelerated before
+    assert {layer.path: layer.norm for layer in again.layers if layer.norm} == FUSED
+    assert again.layers == nj.accelerate(ours, fuse=True).layers
+    assert [layer.norm for layer in nj.accelerate(ours).layers] == ["1", "3.conv.1", None, None]
+    want = exact_losses(copy.deepcopy(theirs), x, 3)
+    saved = io.BytesIO()
+    torch.save(ours, saved)
+    saved.seek(0)
+    for net in (copy.deepcopy(ours), torch.load(saved, weights_only=False)):
+        assert net[2]._norm.norm is net[1]
+        assert_equal(exact_losses(net, x, 3), want)
+        assert nj.nn.unfuse(net) == 2 and nj.restore(net) == 4
+    carried = [exact_losses(n, x, 3, functional.detach_net) for n in (copy.deepcopy(ours), theirs)]
+    assert_equal(*carried)
+    functional.set_step_mode(ours, "s")  # fused for sequences; then each step is one of its own
+    functional.set_step_mode(theirs, "s")
+    for net in (ours, theirs):
+        functional.reset_net(net)
+    ours.load_state_dict(theirs.state_dict())
+    assert_equal([torch.stack([ours(step) for step in x])], [torch.stack([theirs(s) for s in x])])
+    single = nj.accelerate(theirs, fuse=True)
+    assert "single steps" in single.layers[0].apart or "folded" in single.layers[0].apart
+
+
+def test_what_a_fused_node_cannot_become(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spikingjelly.activation_based import functional, memopt, surrogate
+
+    class Own(surrogate.ATan):
+        pass
+
+    monkeypatch.setenv("NEURONJIT_BACKEND", "eager")
+    net = normed()
+    nj.accelerate(net, fuse=True)
+    assert nj.restore(torch.nn.Sequential(net[2])) == 1 and "forward" not in vars(net[1])
+    assert nj.restore(net) == 3
+    nj.accelerate(net, fuse=True)
+    with pytest.raises(nj.SpecError, match=r"IFNode is no layer of neuronjit\.nn"):
+        nj.nn.NormedNeuron(torch.nn.BatchNorm2d(4), net[2])
+    before = net[2]
+    net[2] = memopt.checkpoint_module(before, chunks=2)
+    with pytest.raises(nj.SpecError, match=r"without its batch norm .*unfuse\(net\)"):
+        net(images())
+    net[2] = before
+    functional.reset_net(net)
+    net(images())
+    before.surrogate_function = Own()
+    with pytest.raises(nj.SpecError, match=r"IFNode was changed.* unknown surrogate 'Own'.*unfuse"):
+        net(images())
+
+
+class Narrow(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_sample_of_a_fused_network(
+    dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEURONJIT_BACKEND", "eager")
+    monkeypatch.setattr(proof_module, "_SECONDS", 0.0)
+    net = normed()
+    before = copy.deepcopy(net.state_dict())
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        report = nj.accelerate(net, images(), strict=True, fuse=True)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    proof = report.proof
+    assert proof is not None and proof.same and proof.differing == 0 and proof.tolerance == 1e-7
+    assert 0 < proof.gradients < 1e-10 and proof.spikes == 8 * 581
+    assert proof.rounded is not None and proof.rounded < 0.05 * proof.spikes
+    assert "compared in float64" in str(report) and "own dtype" in str(report)
+    if dtype is None:
+        narrow = torch.nn.Sequential(Narrow(), normed())
+        with pytest.raises(nj.AccelerationError, match=r"the model in float64 .* does not run"):
+            nj.accelerate(narrow, images(), fuse=True)
+        assert not any("forward" in vars(module) for module in narrow.modules())
+    # what was accelerated before is compared with what it was
+    plain = normed()
+    nj.accelerate(plain)
+    proof = nj.accelerate(plain, images(), fuse=True).proof
+    assert proof is not None and proof.same and proof.rounded is not None
+
+
+def test_a_wrong_batch_norm_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEURONJIT_BACKEND", "eager")
+    monkeypatch.setattr(proof_module, "_SECONDS", 0.0)
+    right = batch_norm.multistep_normed
+
+    def wrong(*args: Any, mean: Tensor, **options: Any) -> Any:
+        return right(*args, mean=mean * 1.001, **options)
+
+    monkeypatch.setattr(batch_norm, "multistep_normed", wrong)
+    net = normed().eval()
+    with torch.no_grad():
+        net[1].running_mean.fill_(0.3)
+    with pytest.raises(nj.AccelerationError, match="the sample shows a difference"):
+        nj.accelerate(net, images(), strict=True, fuse=True)
+    assert not any("forward" in vars(module) for module in net.modules())
+
+
+def test_fused_networks_in_ddp(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
+
+    monkeypatch.setenv("NEURONJIT_BACKEND", "eager")
+    x = images().double()
+    want = exact_losses(normed().double(), x, 3)
+    distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        net = DistributedDataParallel(normed().double())
+        assert [layer.norm for layer in nj.accelerate(net, fuse=True).layers[:2]] == [
+            "module.1", "module.3.conv.1",
+        ]  # fmt: skip
+        assert_equal(exact_losses(net, x, 3), want)
+    finally:
+        distributed.destroy_process_group()
+
+
+@each_device
+@pytest.mark.slow
+@pytest.mark.usefixtures("fused_always")
+@pytest.mark.parametrize(
+    ("make", "size", "count", "threshold"),
+    [
+        (networks.cifar10net, 32, 6, 0.1),
+        (networks.sew_resnet18, 64, 20, 1.0),
+        (networks.spikformer, 32, 11, 0.5),
+    ],
+    ids=["CIFAR10Net", "SEW-ResNet-18", "Spikformer"],
+)
+def test_spikingjellys_networks_fused(
+    make: Any, size: int, count: int, threshold: float, device: str
+) -> None:
+    """Its own models in float64: losses, gradients, statistics; evaluated; and restored."""
+    _, neuron, _ = networks.spikingjelly()
+    theirs, ours = (make(neurons=neuron).to(device).double() for _ in range(2))
+    for net in (theirs, ours):
+        for module in net.modules():
+            if isinstance(module, neuron.BaseNode):
+                module.v_threshold = threshold
+    x = networks.batches(1, device, size)[0][0].double()
+    layers = nj.accelerate(ours, fuse=True).layers
+    assert len([layer for layer in layers if layer.norm]) == count
+    with torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=False):
+        assert_equal(exact_losses(ours, x, 10), exact_losses(theirs, x, 10))
+        outs = [net.eval()(x) for net in (ours, theirs)]
+        assert_equal(*([out.detach()] for out in outs))
+        assert nj.restore(ours) == len(layers) and list(ours.state_dict()) == [*theirs.state_dict()]
+        assert_equal(exact_losses(ours.train(), x, 2), exact_losses(theirs.train(), x, 2))
+
+
+@pytest.mark.slow
+def test_fused_networks_compile() -> None:
+    torch.compiler.reset()
+    net = normed()
+    nj.accelerate(net, fuse=True)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    assert losses(compiled) == pytest.approx(losses(normed()), rel=2e-5)
 
 
 # --- bad input ------------------------------------------------------------------------------------

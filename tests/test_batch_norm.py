@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import each_device
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import neuronjit as nj
 from neuronjit.nn import batch_norm
@@ -196,28 +197,216 @@ def test_fuse_and_unfuse() -> None:
     torch.testing.assert_close(fused(x), want, rtol=1e-3, atol=1e-3)
 
 
-def test_fuse_leaves_alone_what_it_cannot_see_through() -> None:
-    class Block(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + x
+class Parts(nn.Module):
+    """Two convolutions with batch norms, a neuron, and what the forwards below do with them."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        each = nj.nn.EachStep
+        self.first = each(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2))
+        self.second = nn.Sequential(nn.Identity(), each(nn.BatchNorm2d(2)))
+        self.more = nn.ModuleList([each(nn.BatchNorm2d(2)), nj.nn.LIF(surrogate=SMOOTH)])
+        self.sn, self.relu = nj.nn.LIF(surrogate=SMOOTH), nn.ReLU()
+        self.seen: list[Any] = []
+
+
+class Shortcut(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.first(x)
+        return self.sn(out) + x
+
+
+class Through(Parts):
+    """The norm is the last of a container in a container; a list of modules."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.sn(self.second(x))
+        for module in self.more:
+            x = module(x)
+        return x
+
+
+class Checked(Parts):
+    """Conditions that guard errors alone; notes what it saw."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        T, _, channels, *_ = x.shape[0], x.shape[1], x.shape[2]
+        if T < 1 or channels != 2:
+            raise ValueError(f"{x.shape}")
+        if not x.dim() == 5:
+            raise ValueError(f"{x.shape}")
+        assert x.shape[3] > 2
+        self.last = x
+        self.seen.append(x)
+        return torch.rand(1) * 0 + self.sn(self.first(x))
+
+
+class Outer(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Ends()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sn(self.block(x))
+
+
+class Ends(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(self.relu(x))
+
+
+class Loop(Parts):
+    """What cannot be traced, round a Sequential and a block that can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.row = Shortcut(), nn.Sequential(self.first, self.sn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 4:
+            x = x.unsqueeze(0)
+        return self.row(self.block(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"), [(Shortcut, 1), (Through, 2), (Checked, 1), (Outer, 1), (Loop, 1)]
+)
+def test_fuse_reads_forwards(kind: Any, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs, gradients and running statistics in float64, in training and in evaluation."""
+    monkeypatch.setenv("NEURONJIT_BACKEND", "eager")
+    plain, fused = kind().double(), kind().double()
+    torch.manual_seed(9)
+    drawn = torch.rand(1)
+    torch.manual_seed(9)
+    assert nj.nn.fuse(fused) == count
+    assert torch.equal(torch.rand(1), drawn)
+    assert fused.seen == [] and not hasattr(fused, "last")
+    for train in (True, True, False):
+        x, found = sequence((3, 2, 2, 4, 4), 1), []
+        for net in (plain.train(train), fused.train(train)):
+            nj.nn.reset_net(net)
+            net.zero_grad()
+            own = x.clone().requires_grad_()
+            out = net(own)
+            (out * sequence(tuple(out.shape), 2)).sum().backward()
+            grads = [own.grad, *(p.grad for p in net.parameters() if p.grad is not None)]
+            found.append([out.detach(), *grads, *net.buffers()])
+        assert len(found[0]) == len(found[1]) > 5
+        for want, got in zip(*found, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
+def forwards() -> dict[str, Any]:
+    """Forwards of Parts whose norm must stay where it is."""
+    features = torch.nn.functional.relu
+    return {
+        "others take the output": lambda self, x: (y := self.first(x), self.sn(y) + features(y))[1],
+        "it is returned too": lambda self, x: (y := self.first(x), (self.sn(y), y))[1],
+        "something between": lambda self, x: self.sn(features(self.first(x))),
+        "changed in place": lambda self, x: (
+            x := x + 0,
+            y := self.first[1](x.flatten(0, 1)),
+            x.mul_(2),
+            self.sn(y),
+        )[-1],
+        "something in between": lambda self, x: (y := self.first(x), x.mul_(2), self.sn(y))[-1],
+        "a module between": lambda self, x: self.sn(self.relu(self.first(x))),
+        "the norm runs twice": lambda self, x: self.sn(self.first(x)) + self.first(x),
+        "the neuron runs twice": lambda self, x: self.sn(self.sn(self.first(x))),
+        "a part of it is called": lambda self, x: self.sn(self.first(x)) + self.first[1](x[0]),
+        "two arguments": lambda self, x: self.sn(self.first(x), x),
+        "it branches": lambda self, x: self.sn(self.first(x)) if x.dim() > 4 else self.first(x),
+        "an option": lambda self, x, all=False: self.sn(self.first(x)),
+        "options": lambda self, *x: self.sn(self.first(*x)),
+        "in training only": lambda self, x: (
+            self.sn(self.first(x)) if self.training else self.sn(self.first(x) + 1)
+        ),
+        "over time": lambda self, x: torch.stack(
+            [self.sn(self.first(x[t])) for t in range(len(x))]
+        ),
+    }
+
+
+@pytest.mark.parametrize("why", forwards())
+def test_forwards_that_are_left_alone(why: str) -> None:
+    net = type("Block", (Parts,), {"forward": forwards()[why]})()
+    assert nj.nn.fuse(net) == 0
+    assert all("forward" not in vars(module) for module in net.modules())
+
+
+def test_fuse_leaves_alone_what_it_cannot_see_through() -> None:
     class Shifted(nn.BatchNorm2d):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + 1.0
 
     each, norm, relu, lif = nj.nn.EachStep, nn.BatchNorm2d, nn.ReLU(), nj.nn.LIF
-    shared = norm(2)
+    shared, block = norm(2), nn.Sequential(each(norm(2)), lif())
+    hooked = [nn.Sequential(each(norm(2)), lif()) for _ in range(4)]
+    hooked[0][0][0].register_forward_hook(lambda *_: None)
+    hooked[1][0].register_forward_pre_hook(lambda *_: None)
+    hooked[2][1].register_full_backward_hook(lambda *_: None)
+    hooked[3][0].forward = lambda x: x
     for net in (
-        Block(each(norm(2)), lif()),
         nn.Sequential(each(Shifted(2)), lif()),
         nn.Sequential(each(shared), lif(), each(shared), nn.ReLU()),
+        nn.Sequential(block, block),
         nn.Sequential(relu, each(norm(2)), relu, lif()),  # the relu is there twice
         nn.Sequential(each(relu, norm(2), relu), lif()),
         nn.Sequential(each(norm(2)), nj.nn.LIFNode()),
+        nn.Sequential(nn.BatchNorm1d(2), lif()),  # of [T, N, C] it would take N for channels
+        nn.Sequential(each(norm(2), lif())),
+        nn.Sequential(each(each(norm(2))), lif()),
         nn.ModuleDict({"norm": norm(2), "neuron": lif()}),
+        *hooked,
     ):
         assert nj.nn.fuse(net) == 0
     assert nj.nn.fuse(nn.Sequential(nn.Sequential(each(norm(2)), lif()), lif())) == 1
+
+
+def test_a_parametrised_norm() -> None:
+    """Its weight is computed, from a parameter that gets the gradient."""
+    nets = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        norm = nn.BatchNorm2d(2)
+        parametrize.register_parametrization(norm, "weight", nn.Softplus())
+        neuron = nj.nn.LIF(surrogate=SMOOTH, backend="eager")
+        nets.append(nn.Sequential(nj.nn.EachStep(nn.Conv2d(2, 2, 3), norm), neuron).double())
+    assert nj.nn.fuse(nets[1]) == 1
+    for net in nets:
+        net(sequence((3, 2, 2, 4, 4), 1)).square().sum().backward()
+    for want, got in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_a_fused_neuron_knows_when_its_norm_did_not_run() -> None:
+    x = sequence((2, 2, 2, 4, 4), 1).float()
+    for change in ("alone", "replaced", "in parts"):
+        net = nn.Sequential(nj.nn.EachStep(nn.BatchNorm2d(2)), nj.nn.LIF(backend="eager"))
+        assert nj.nn.fuse(net) == 1
+        net(x)
+        if change == "replaced":
+            net[0][0] = nn.SyncBatchNorm.convert_sync_batchnorm(net[0][0])
+            net.eval()
+        with pytest.raises(nj.SpecError, match=r"without its batch norm .*unfuse\(net\)"):
+            net[1](x) if change == "alone" else net[1](net[0](x)[:1] if change == "in parts" else x)
+
+
+@pytest.mark.slow
+def test_fused_networks_compile() -> None:
+    torch._dynamo.reset()
+    plain, fused = (nn.Sequential(Shortcut(), Shortcut()) for _ in range(2))
+    assert nj.nn.fuse(fused) == 2
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    found = []
+    for batch in (2, 3):
+        for net in (plain, compiled):
+            nj.nn.reset_net(fused if net is compiled else net)
+            x = sequence((3, batch, 2, 4, 4), batch).float().requires_grad_()
+            out = net(x)
+            found.append([out.detach(), torch.autograd.grad(out.square().sum(), x)[0]])
+    torch.testing.assert_close(found[1::2], found[::2], rtol=1e-4, atol=1e-5)
 
 
 def test_a_forgotten_reset_is_named() -> None:
@@ -245,6 +434,29 @@ def test_norms_of_spikingjelly(pays: bool, monkeypatch: pytest.MonkeyPatch) -> N
         got = nj.nn.NormedNeuron(norm, nj.nn.LIF(surrogate=SMOOTH))(x)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(norm.running_var, theirs.running_var)
+
+
+@pytest.mark.peers("spikingjelly")
+def test_fuse_knows_spikingjellys_containers_and_norms() -> None:
+    from spikingjelly.activation_based import layer
+
+    from neuronjit.compat import layer as old
+
+    lif, two = nj.nn.LIF, dict(step_mode="m")
+    for before, count in (
+        (layer.BatchNorm2d(2, **two), 1),
+        (layer.ThresholdDependentBatchNorm2d(1.0, 0.5, 2), 1),
+        (layer.SeqToANNContainer(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)), 1),
+        (nn.Sequential(layer.Conv2d(2, 2, 1, **two), layer.BatchNorm2d(2, **two)), 1),
+        (layer.BatchNorm2d(2), 0),  # takes single steps
+        (layer.TemporalEffectiveBatchNorm2d(3, 2), 0),  # scales each step
+        (layer.SeqToANNContainer(layer.BatchNorm2d(2)), 1),
+        (layer.MultiStepContainer(nn.BatchNorm2d(2)), 0),  # statistics of each step
+        (layer.TLastSeqToANNContainer(nn.BatchNorm2d(2)), 0),
+        (old.BatchNorm2d(2, **two), 1),  # ours, for scripts of its old versions
+        (old.SeqToANNContainer(nn.BatchNorm2d(2)), 1),
+    ):
+        assert nj.nn.fuse(nn.Sequential(before, lif())) == count, before
 
 
 def test_without_kernels() -> None:

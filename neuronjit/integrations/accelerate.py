@@ -7,15 +7,16 @@ the network keeps (parameters, states, hooks) stays where it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib import metadata
 from typing import Any
 
 from torch.nn import Module
 
 from ..errors import AccelerationError, InputTypeError
+from ..nn.batch_norm import fusable, join, part
 from . import norse, snntorch, spikingjelly
 from .proof import Proof, prove
 
@@ -31,6 +32,8 @@ class Layer:
     kind: str  # its class
     how: str | None  # what runs it now; None where it was left alone
     why: str | None  # why it was left alone
+    norm: str | None = None  # the path of the batch norm that its kernels do too
+    apart: str | None = None  # why they do none, where that was asked for
 
 
 @dataclass(frozen=True)
@@ -59,17 +62,23 @@ class Report:
             known = ", ".join(f"{lib.PACKAGE} {lib.TESTED}" for lib in LIBRARIES)
             return f"no neuron that is known was found in this model (known: those of {known})"
         counted = f"{len(self.accelerated)} of {len(self.layers)} neurons accelerated"
-        rows = [
-            (layer.path or "(the model)", layer.kind, layer.how or f"skipped: {layer.why}")
-            for layer in self.layers
-        ]
+        rows = []
+        for layer in self.layers:
+            said = layer.how or f"skipped: {layer.why}"
+            if layer.norm is not None:
+                said += f", with batch norm {layer.norm}"
+            elif layer.apart is not None:
+                said += f", no batch norm fused: {layer.apart}"
+            rows.append((layer.path or "(the model)", layer.kind, said))
         wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
         table = [f"{path:{wide[0]}}  {kind:{wide[1]}}  {said}" for path, kind, said in rows]
         proof = [] if self.proof is None else [str(self.proof)]
         return "\n".join([f"{counted} ({self.libraries})", *table, *proof])
 
 
-def accelerate(model: Module, sample: Any = None, *, strict: bool = False) -> Report:
+def accelerate(
+    model: Module, sample: Any = None, *, strict: bool = False, fuse: bool = False
+) -> Report:
     """Run the neurons of a network that exists on our kernels, in place; `restore` undoes it.
 
     Each supported neuron gets our dynamics; its parameters, state, hooks and name stay as they are,
@@ -84,6 +93,9 @@ def accelerate(model: Module, sample: Any = None, *, strict: bool = False) -> Re
             the outputs, all gradients, the time, and the peak of CUDA memory. The model itself, its
             states and the generators of random numbers stay as they are.
         strict: raise where a neuron is skipped, none is found, or the sample shows a difference.
+        fuse: nodes of SpikingJelly do the batch norm that they follow, in their kernels, where
+            `neuronjit.nn.fuse` would find the two; the report says where not, and why. The sample
+            is then compared in float64 as well, which decides.
 
     Returns:
         A report: `print` it, or read `layers`, `accelerated`, `skipped` and `proof`.
@@ -96,13 +108,18 @@ def accelerate(model: Module, sample: Any = None, *, strict: bool = False) -> Re
     _check(model)
     found = list(_find(model))
     paths = [layer.path for layer, _, new in found if new]
-    proof = prove(model, paths, _swap, sample) if sample is not None and paths else None
-    report = Report(tuple(layer for layer, *_ in found), _libraries(found), proof)
+    layers, norms = _with_norms(model, [layer for layer, *_ in found], fuse)
+    swap = partial(_swap, norms=norms)
+    changed = [*dict.fromkeys([*paths, *norms])]
+    proof = None
+    if sample is not None and changed:
+        proof = prove(model, changed, swap, sample, fused=bool(norms))
+    report = Report(tuple(layers), _libraries(found), proof)
     if strict and (not report.layers or report.skipped):
         raise AccelerationError(f"strict=True, and not all is accelerated: {report}", report)
     if strict and proof is not None and not proof.same:
         raise AccelerationError(f"strict=True, and the sample shows a difference: {report}", report)
-    _swap(model, paths)
+    swap(model, changed)
     return report
 
 
@@ -114,6 +131,7 @@ def restore(model: Module) -> int:
     _check(model)
     changed = [module for module in model.modules() if isinstance(module, _Swapped)]
     for module in changed:
+        part(module)
         module.__class__ = module._neuronjit_origin
     return len(changed)
 
@@ -143,12 +161,36 @@ def _find(model: Module) -> Iterator[tuple[Layer, Any, bool]]:
                 yield Layer(path, kind, library.describe(module, row), None), library, True
 
 
-def _swap(model: Module, paths: Iterable[str]) -> None:
-    """Give the neurons at these paths their new classes; all of them or none."""
+def _with_norms(
+    model: Module, layers: Sequence[Layer], fuse: bool
+) -> tuple[list[Layer], dict[str, str]]:
+    """The layers with what becomes of batch norms before them, and the norms to fuse, by neuron."""
+    names = {module: path for path, module in model.named_modules()}
+    nodes = [None if layer.how is None else model.get_submodule(layer.path) for layer in layers]
+    theirs = {node for node in nodes if node is not None and spikingjelly.can_fuse(type(node))}
+    found = fusable(model, theirs) if fuse else {}
+    told, norms = [], {}
+    for layer, node in zip(layers, nodes, strict=True):
+        norm = None if node is None else found.get(node)
+        if (held := getattr(node, "_norm", None)) is not None:  # by an earlier call
+            layer = replace(layer, norm=names.get(held.norm, "of another network"))
+        elif isinstance(norm, Module):
+            norms[layer.path] = names[norm]
+            layer = replace(layer, norm=names[norm])
+        elif node is not None and fuse:
+            layer = replace(layer, apart=norm or "of SpikingJelly's nodes most can, of others none")
+        told.append(layer)
+    return told, norms
+
+
+def _swap(model: Module, paths: Iterable[str], norms: Mapping[str, str]) -> None:
+    """Give the neurons at these paths their new classes, and some their norms; all or none."""
     done: list[tuple[Module, type]] = []
     try:
         for path in paths:
             module = model.get_submodule(path)
+            if isinstance(module, _Swapped):
+                continue
             origin: Any = type(module)
             module.__class__ = swapped(origin)
             done.append((module, origin))
@@ -156,6 +198,8 @@ def _swap(model: Module, paths: Iterable[str]) -> None:
         for module, origin in done:
             module.__class__ = origin
         raise AccelerationError(f"{path} cannot be changed: {error}; nothing was") from None
+    for path, norm in norms.items():
+        join(model.get_submodule(norm), model.get_submodule(path))
 
 
 def _libraries(found: Any) -> str:

@@ -268,6 +268,12 @@ def known(kind: type) -> type | None:
     return classes.known(kind, _NEURONS, NODES)
 
 
+def can_fuse(kind: type) -> bool:
+    """Whether kernels of this node take x as it is, so that a batch norm can stand before it."""
+    base = known(kind)
+    return base is not None and NODES[base.__name__].fit is None
+
+
 def look(module: torch.nn.Module) -> Row | str | None:
     """The row of a node that can be swapped, why a neuron cannot be, or None: it is no neuron."""
     kind = type(module)
@@ -314,6 +320,7 @@ class Methods:
 
     _neuronjit: Row
     _memories: dict[str, Any]
+    _norm: Any = None  # the batch norm before it, which its kernels do: see nn/batch_norm.py
 
     def materialize_states(self, inputs: Any, states: Any, step_mode: str) -> Any:
         """States as they are where they fit the input: kernels take numbers, and keep float32."""
@@ -375,6 +382,11 @@ class Methods:
                 given.update(fitted)
         except NeuronJitError as error:
             name = type(node).__name__
+            if node._norm is not None:
+                raise SpecError(
+                    f"a {name} was changed, and SpikingJelly's runs without the batch norm that is"
+                    f" fused into it: {error}; call neuronjit.nn.unfuse(net) first"
+                ) from None
             warn_once(
                 ("left", name, str(error)),
                 f"SpikingJelly runs an accelerated {name} itself: {error}",
@@ -386,7 +398,8 @@ class Methods:
                 if isinstance(state, Tensor) and state.requires_grad:
                     note_carried(state, type(node).__name__)
         analog = row.analog if steps else None
-        out = multistep(
+        run = multistep if node._norm is None else node._norm.multistep
+        out: Output = run(
             model, x_seq, dict(zip(node._memories, states, strict=True)), surrogate=surrogate,
             detach_reset=getattr(node, "detach_reset", False),
             record=record if analog is None else (*record, "h"), **given,

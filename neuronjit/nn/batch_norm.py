@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -20,9 +18,15 @@ from ..run.autograd import multistep
 from ..run.call import Output
 from ..run.normed import batch_statistics, multistep_normed
 from .neuron import Neuron
+from .pairs import has_forward, preceding
 
 # elements of x_seq: below, a GPU takes longer for the launches that a fused batch norm has more
 FUSED_FROM = 1 << 23
+# whose forward is torch's, but that time may be folded into the batch: SpikingJelly's, and ours for
+# its old scripts
+_FORWARDS = (
+    "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "_ThresholdDependentBatchNormBase", "_Stepped",
+)  # fmt: skip
 
 
 def _pays(x: Tensor) -> bool:
@@ -68,6 +72,8 @@ class NormedNeuron(Module):
 
     def __init__(self, norm: Module, neuron: Neuron, residual: str | None = None) -> None:
         super().__init__()
+        if isinstance(neuron, Module) and not isinstance(neuron, Neuron):
+            raise SpecError(f"{type(neuron).__name__} is no layer of neuronjit.nn")
         self.norm, self.neuron = norm, neuron
         neuron._norm = Norm(norm, neuron, residual)
 
@@ -77,7 +83,10 @@ class NormedNeuron(Module):
 
 
 class Norm:
-    """What a neuron that was fused knows of the batch norm before it."""
+    """What a neuron that was fused knows of the batch norm before it.
+
+    `hide` makes the norm hand its input on as it is, and the neuron expects that input from then.
+    """
 
     def __init__(self, norm: Module, neuron: Module, residual: str | None = None) -> None:
         if why := _why_not(norm, neuron):
@@ -89,26 +98,53 @@ class Norm:
         self.norm: Any = norm
         self.residual = residual
         self.inputs = () if residual is None else ("skip",)
+        self.hidden = False
+        self.passed: int | None = None  # elements of what the hidden norm handed on
 
-    def multistep(self, model: NeuronModel, x: Tensor, state: Any, **given: Any) -> Output:
+    def hide(self) -> None:
+        """Leave the norm of a network to the neuron that follows it there."""
+        self.norm.forward = self._pass_on
+        self.hidden = True
+
+    def _pass_on(self, x: Tensor) -> Tensor:
+        """The forward of a hidden norm."""
+        self.passed = x.numel()
+        return x
+
+    def multistep(
+        self,
+        model: NeuronModel,
+        x: Tensor,
+        state: Any,
+        *,
+        surrogate: Any,
+        reset: str = "hard",
+        detach_reset: bool = False,
+        record: tuple[str, ...] = (),
+        backend: str | None = None,
+        skip: Tensor | None = None,
+        **params: Any,
+    ) -> Output:
         """As `neuronjit.multistep`, of the normalised x."""
         self._check(x)
+        asked: dict[str, Any] = dict(
+            surrogate=surrogate, reset=reset, detach_reset=detach_reset, record=record,
+            backend=backend,
+        )  # fmt: skip
         # compilers see two operations, and may fuse their own
         if is_compiling() or checks.is_traced(x) or not _pays(x):
-            return self._apart(model, x, state, given)
-        names = ("surrogate", "reset", "detach_reset", "record", "backend")
-        options = {name: given.pop(name) for name in names}
-        mean, invstd, eps = self._statistics(x, options["backend"])
+            return self._apart(model, x, state, skip, {**asked, **params})
+        mean, invstd, eps = self._statistics(x, backend)
         return multistep_normed(
             model, x, state, mean=mean, invstd=invstd, weight=self.norm.weight,
-            bias=self.norm.bias, eps=eps, skip=given.pop("skip", None), residual=self.residual,
-            params=given, **options,
+            bias=self.norm.bias, eps=eps, skip=skip, residual=self.residual, params=params, **asked,
         )  # fmt: skip
 
-    def _apart(self, model: NeuronModel, x: Tensor, state: Any, given: dict[str, Any]) -> Output:
+    def _apart(
+        self, model: NeuronModel, x: Tensor, state: Any, skip: Any, given: dict[str, Any]
+    ) -> Output:
         """The batch norm, the neuron and the residual one after the other."""
-        skip = given.pop("skip", None)
-        # torch's: fuse() has hidden the instance's, and SpikingJelly's asks for its step_mode
+        # torch's: the instance's may be hidden, and SpikingJelly's asks for its step_mode
         x = _BatchNorm.forward(self.norm, x.flatten(0, 1)).unflatten(0, x.shape[:2])
         out = multistep(model, x + skip if self.residual == "before" else x, state, **given)
         if self.residual != "after":
@@ -121,6 +157,13 @@ class Norm:
             raise SpecError(
                 f"the batch norm has {norm.num_features} features, so x_seq must be"
                 f" [T, N, {norm.num_features}, *], got {list(x.shape)}"
+            )
+        passed, self.passed = self.passed, None
+        if self.hidden and passed != x.numel():
+            raise SpecError(
+                "a fused neuron was called without its batch norm right before it, on the same"
+                " sequence (was the norm replaced, or the neuron wrapped in checkpoints?); call"
+                " neuronjit.nn.unfuse(net) before such changes, and fuse again after them"
             )
 
     def _statistics(self, x: Tensor, backend: str | None) -> tuple[Tensor, Tensor, float | None]:
@@ -147,76 +190,71 @@ class Norm:
 def fuse(net: Module) -> int:
     """Run each batch norm of `net` that a neuron follows in that neuron's kernels; how many.
 
-    Where they follow each other is read off torch.nn.Sequential, and where the norm is the last
-    of an `EachStep` (or SpikingJelly's SeqToANNContainer) before the neuron. Containers with a
-    forward of their own, and modules that stand in several places, are left alone. Parameters,
-    buffers and the keys of `state_dict` stay; `unfuse` undoes it. For blocks and residuals there
-    is `NormedNeuron`.
+    Where they follow each other is read off the forwards of `net` and of all modules in it, by
+    torch.fx: the neuron is called right after the norm, and nothing else takes the norm's output.
+    The norm may be the last in containers (Sequential, `EachStep`, SpikingJelly's
+    SeqToANNContainer, blocks with a forward of their own). Left alone are modules that are used
+    several times or have hooks, and what stands in a forward that branches on its input or has
+    optional arguments; containers in such a one are taken to be called as a whole. Residuals stay
+    outside; for them there is `NormedNeuron`.
+
+    Neurons are layers of this module, and nodes of SpikingJelly after `neuronjit.accelerate`.
+    Parameters, buffers and the keys of `state_dict` stay; `unfuse` undoes it.
     """
-    places = Counter(id(module) for _, module in net.named_modules(remove_duplicate=False))
-    pairs = [
-        pair
-        for pair in _pairs(net)
-        if all(places[id(module)] == 1 for module in pair) and not _why_not(*pair)
-    ]
-    for norm, neuron in pairs:
-        neuron._norm = Norm(norm, neuron)
-        norm.forward = _as_it_is
+    neurons = {module for module in net.modules() if hasattr(module, "_norm")}
+    pairs = [(n, norm) for n, norm in fusable(net, neurons).items() if isinstance(norm, Module)]
+    for neuron, norm in pairs:
+        join(norm, neuron)
     return len(pairs)
 
 
 def unfuse(net: Module) -> int:
     """Undo `fuse`; how many were undone."""
-    undone = 0
-    for neuron in (module for module in net.modules() if isinstance(module, Neuron)):
-        if neuron._norm and vars(neuron._norm.norm).pop("forward", None) is not None:
-            neuron._norm = None
-            undone += 1
-    return undone
+    return sum([part(module) for module in net.modules()])
 
 
-def _as_it_is(x: Tensor) -> Tensor:
-    """The forward of a norm that a neuron's kernels do."""
-    return x
+def fusable(net: Module, neurons: Collection[Module]) -> dict[Module, Module | str]:
+    """For each of `neurons` in `net` the batch norm that it can do, or why it can do none."""
+    return {
+        neuron: norm if isinstance(norm, str) else _why_not(norm, neuron) or norm
+        for neuron, norm in preceding(net, neurons).items()
+    }
 
 
-def _pairs(net: Module) -> Iterator[tuple[Any, Any]]:
-    """Batch norms and neurons that follow each other."""
-    for container in net.modules():
-        if type(container).forward is torch.nn.Sequential.forward:
-            # not children(), which leaves out what stands there twice
-            for first, second in itertools.pairwise(container._modules.values()):
-                folded = [*first._modules.values()] if first and _folds(first) else [first]
-                yield (folded or [first])[-1], second
+def join(norm: Module, neuron: Any) -> None:
+    """Let a neuron of a network do the batch norm that it follows."""
+    neuron._norm = Norm(norm, neuron)
+    neuron._norm.hide()
 
 
-def _folds(module: Module) -> bool:
-    """Whether a container folds time into the batch."""
-    forward = type(module).forward
-    return forward is EachStep.forward or (
-        forward.__qualname__ == "SeqToANNContainer.forward" and _is_spikingjellys(forward)
-    )
+def part(neuron: Any) -> bool:
+    """Undo `join`, where it was done."""
+    norm = getattr(neuron, "_norm", None)
+    if norm is None or not norm.hidden:
+        return False
+    vars(norm.norm).pop("forward", None)
+    del neuron._norm
+    return True
 
 
-def _is_spikingjellys(method: Any) -> bool:
-    return str(method.__module__).startswith("spikingjelly.")
-
-
-def _why_not(norm: Module, neuron: Module) -> str:
+def _why_not(norm: Module, neuron: Any) -> str:
     """Why the two cannot be one; "" if they can."""
     if not isinstance(norm, Module) or not isinstance(neuron, Module):
         raise InputTypeError("a batch norm and a neuron are modules")
+    if getattr(neuron, "_norm", None) is not None:
+        return "the neuron is fused already"
     if not isinstance(norm, _BatchNorm) or isinstance(norm, torch.nn.SyncBatchNorm):
         return f"{type(norm).__name__} is no BatchNorm1d, 2d or 3d of one process"
-    forward = type(norm).forward
-    if "forward" in vars(norm) or not (forward is _BatchNorm.forward or _is_spikingjellys(forward)):
+    if "forward" in vars(norm) or not (
+        type(norm).forward is _BatchNorm.forward or has_forward(norm, *_FORWARDS)
+    ):
         return f"{type(norm).__name__} has a forward of its own"
     if isinstance(norm, torch.nn.modules.lazy.LazyModuleMixin) and norm.has_uninitialized_params():
         return f"{type(norm).__name__} has not seen an input yet"
-    if not isinstance(neuron, Neuron):
-        return f"{type(neuron).__name__} is no layer of neuronjit.nn"
-    if neuron.step_mode != "m":
+    if getattr(getattr(neuron, "_neuronjit", None), "fit", None) is not None:
+        return f"the input of {type(neuron).__name__} is made ready for its kernel first"
+    if getattr(neuron, "step_mode", "m") != "m":
         return "the neuron takes single steps (step_mode='s')"
-    if len(neuron.model.inputs) > 1:
+    if isinstance(neuron, Neuron) and len(neuron.model.inputs) > 1:
         return f"model '{neuron.model.name}' has several inputs"
-    return "" if neuron._norm is None else "the neuron is fused already"
+    return ""

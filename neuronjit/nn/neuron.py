@@ -53,6 +53,7 @@ class Neuron(torch.nn.Module):
     surrogate_function: Surrogate
     backend: str | None = None  # old SpikingJelly's MemoryModule has a property of this name
     _derived: tuple[str, ...] = ()  # parameters of the model that a subclass computes
+    _norm: Any = None  # the batch norm before it, which its kernels do: see batch_norm.py
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
         """An instance that SpikingJelly, where it is imported, takes for a module of its own."""
@@ -119,7 +120,6 @@ class Neuron(torch.nn.Module):
         self._held: dict[str, Tensor] = {}  # the state where CUDA graphs read and write it
         self._reset_in_capture = False
         self._steps_alone = 0  # calls that looked like single steps: see _note_single_step
-        self._norm: Any = None  # the batch norm before it, which its kernels do: see batch_norm.py
 
     # --- parameters ----------------------------------------------------------------------------
 
