@@ -88,8 +88,9 @@ def note(call: Call, spikes: Tensor) -> None:
     if not (call.surrogate.spiking and _fires(call.model)) or spikes.is_inference():
         return
     known = _known[spikes.untyped_storage()] = _Spikes(spikes)
-    if hasattr(spikes.grad_fn, "_forward_cls"):  # a Python object, which keeps attributes
-        spikes.grad_fn.spikes = known  # type: ignore[union-attr]
+    node: Any = spikes.grad_fn
+    if hasattr(node, "_forward_cls"):  # a Python object, which keeps attributes
+        node.neuronjit_spikes = known
 
 
 @cache
@@ -174,14 +175,12 @@ def _spikes_of(x: Tensor) -> _Spikes | None:
 
 # operations whose results hold the numbers of their input and no others
 _VIEWS = {
-    f"{operation}Backward{i}"
-    for operation in (
-        "Alias", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Split", "Squeeze", "T",
-        "Transpose", "Unbind", "UnsafeView", "Unsqueeze", "View",
-    )
-    for i in range(3)
+    "AliasBackward0", "ExpandBackward0", "PermuteBackward0", "ReshapeAliasBackward0",
+    "SelectBackward0", "SliceBackward0", "SplitBackward0", "SqueezeBackward0", "SqueezeBackward1",
+    "SqueezeBackward2", "TBackward0", "TransposeBackward0", "UnbindBackward0",
+    "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0",
 }  # fmt: skip
-_COPIES = {"CloneBackward0", "ToCopyBackward0", "MaxPool2DWithIndicesBackward0"}
+_COPIES = {"CloneBackward0", "MaxPool2DWithIndicesBackward0", "ToCopyBackward0"}
 
 
 def _is_copy_of_spikes(x: Tensor) -> bool:
@@ -191,7 +190,10 @@ def _is_copy_of_spikes(x: Tensor) -> bool:
     """
     node: Any = x.grad_fn
     output, copies = x.output_nr, 0
-    while node is not None and not hasattr(node, "spikes"):
+    while node is not None:
+        spikes = getattr(node, "neuronjit_spikes", None)
+        if spikes is not None:
+            return output == 0 and spikes.unchanged() and x.is_floating_point() and x.itemsize > 1
         did = node.name()
         copies += did in _COPIES
         if copies > 1 or not (did in _COPIES or did in _VIEWS):
@@ -199,7 +201,7 @@ def _is_copy_of_spikes(x: Tensor) -> bool:
         if {*getattr(node, "_saved_dilation", ())} - {1}:
             return False  # a window may see padding alone, which is -inf
         node, output = node.next_functions[0]
-    return node is not None and output == 0 and node.spikes.unchanged() and x.itemsize > 1
+    return False
 
 
 # --- bits -----------------------------------------------------------------------------------------
