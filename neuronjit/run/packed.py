@@ -224,7 +224,7 @@ _GATHER = 0x0102040810204080  # times eight bytes of 0 or 1: the highest byte ha
 
 def pack_bits(flat: Tensor) -> Tensor:
     """Eight numbers a byte, the first of them lowest: its bit is set where it is not 0."""
-    ones = flat.ne(0).view(torch.uint8)
+    ones = flat.bool().view(torch.uint8)  # flat.ne(0) takes up to four times as long on a CPU
     if len(ones) % 8:
         ones = torch.nn.functional.pad(ones, (0, -len(ones) % 8))
     return ones.view(torch.int64).mul_(_GATHER).view(torch.uint8)[7::8].contiguous()
