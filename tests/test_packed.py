@@ -26,6 +26,12 @@ from neuronjit.run import packed
 EACH_WAY = (nullcontext, nj.packed_spikes)
 
 
+@pytest.fixture(autouse=True)
+def deterministic(monkeypatch: Any) -> None:
+    """Gradients of convolutions that are equal from run to run."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
 def fired(x: Tensor, **options: Any) -> Tensor:
     return nj.multistep("lif", x, **options).spikes
 
@@ -73,6 +79,7 @@ READERS: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]] =
     "another dtype": ((3, 6, 10, 10), lambda s, w: s.double() * w.double()),
     "max_pool2d": ((5, 6, 3, 3), lambda s, w: F.conv2d(F.max_pool2d(s.flatten(0, 1), 2), w)),
     "max_pool1d": ((5, 5), lambda s, w: F.linear(F.max_pool1d(s[3, :, 0], 2), w)),
+    "max_pool3d": ((3, 3, 5, 5), lambda s, w: F.max_pool3d(s, 2) * w),
     "expanded": ((2, 4, 3, 6, 10, 10), lambda s, w: s.expand(2, -1, -1, -1, -1, -1) * w),
     "detached": ((3, 6, 10, 10), lambda s, w: s.detach() * w),
     "a neuron": ((10,), lambda s, w: nj.multistep("lif", s, tau=w.abs() + 1.5).spikes),
@@ -162,13 +169,9 @@ def test_a_network(dtype: torch.dtype, fused: bool, device: str, monkeypatch: An
     net = network(dtype, device)
     assert nj.nn.fuse(net) if fused else True
     x = random_input((4, 2, 3, 12, 12), dtype).to(device)
-    torch.backends.cudnn.deterministic, before = True, torch.backends.cudnn.deterministic
-    try:
-        want = step(net, x, times=3)
-        saved = Saved(monkeypatch)
-        got = step(net, x, nj.packed_spikes, times=3)
-    finally:
-        torch.backends.cudnn.deterministic = before
+    want = step(net, x, times=3)
+    saved = Saved(monkeypatch)
+    got = step(net, x, nj.packed_spikes, times=3)
     assert_all_same_bits(got, want)
     assert len(saved.spikes) == 9  # pooling, convolution and linear read spikes
     assert not any(saved.kept()) and not packed._known
@@ -594,7 +597,7 @@ def test_in_a_captured_step() -> None:
             graph.replay() if captured else run(context)
             each.append(loss.item())
         losses.append(each)
-    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
 
 
 @pytest.mark.cuda
@@ -616,10 +619,10 @@ def test_streams_have_their_own_bits() -> None:
 
 @pytest.mark.cuda
 def test_memory_of_a_step() -> None:
-    """A stack of linear layers with neurons between: without packing, spikes are a third of it."""
+    """A stack of linear layers with neurons between."""
     torch.manual_seed(0)
-    layers = [torch.nn.Linear(1024, 1024), nj.nn.LIF()] * 4
-    net = torch.nn.Sequential(*layers).cuda()
+    layers = [(torch.nn.Linear(1024, 1024), nj.nn.LIF()) for _ in range(4)]
+    net = torch.nn.Sequential(*[layer for pair in layers for layer in pair]).cuda()
     x = random_input((8, 512, 1024)).cuda()
     one = x.numel() * x.itemsize
     held = []
@@ -631,12 +634,13 @@ def test_memory_of_a_step() -> None:
             y = net(x)
         held.append((torch.cuda.memory_allocated() - before) / one)
         del y
-    assert held[0] - held[1] > 2.8  # three of the four are inputs of a next layer
+    assert held[0] - held[1] > 2.8  # three of the four spike tensors are inputs of a next layer
 
 
+@each_device
 @pytest.mark.peers
 @pytest.mark.parametrize("name", ["cifar10net", "spikformer"])
-def test_accelerated_spikingjelly(name: str, monkeypatch: Any) -> None:
+def test_accelerated_spikingjelly(name: str, device: str, monkeypatch: Any) -> None:
     _, neuron, functional = networks.spikingjelly()
     net = getattr(networks, name)(neurons=neuron)
     functional.set_step_mode(net, "m")
@@ -644,8 +648,8 @@ def test_accelerated_spikingjelly(name: str, monkeypatch: Any) -> None:
         for key, child in list(module.named_children()):
             if "Dropout" in type(child).__name__:
                 setattr(module, key, torch.nn.Identity())
-    nj.accelerate(net, strict=True)
-    x = random_input((4, 2, 3, 32, 32))
+    nj.accelerate(net.to(device), strict=True)
+    x = random_input((4, 2, 3, 32, 32)).to(device)
     found, saved = [], Saved(monkeypatch)
     for context in EACH_WAY:
         functional.reset_net(net)

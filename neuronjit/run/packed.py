@@ -7,7 +7,6 @@ by its memory, whatever view of it that is.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,9 +43,8 @@ def packed_spikes() -> Iterator[None]:
     Raises:
         RuntimeError: in backward, where a saved tensor was changed in place, as without packing.
     """
-    pack, unpack = _pack, _unpack
-    if "torch._dynamo" in sys.modules:  # it compiles what is called under its eyes, hooks too
-        pack, unpack = torch.compiler.disable(pack), torch.compiler.disable(unpack)
+    # disabled: between compiled graphs, Dynamo would compile the hooks too, and fail
+    pack, unpack = torch.compiler.disable(_pack), torch.compiler.disable(_unpack)
     here.contexts += 1
     try:
         with saved_tensors_hooks(pack, unpack):
@@ -180,7 +178,10 @@ _VIEWS = {
     "SqueezeBackward2", "TBackward0", "TransposeBackward0", "UnbindBackward0",
     "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0",
 }  # fmt: skip
-_COPIES = {"CloneBackward0", "MaxPool2DWithIndicesBackward0", "ToCopyBackward0"}
+_COPIES = {
+    "CloneBackward0", "MaxPool2DWithIndicesBackward0", "MaxPool3DWithIndicesBackward0",
+    "ToCopyBackward0",
+}  # fmt: skip
 
 
 def _is_copy_of_spikes(x: Tensor) -> bool:
