@@ -264,6 +264,25 @@ def test_without_gradients_of_their_own() -> None:
     assert torch.equal(w.grad, want.expand(5, -1))
 
 
+def test_in_inference_mode() -> None:
+    with nj.packed_spikes(), torch.inference_mode():
+        assert fired(random_input((4, 3, 8))).untyped_storage() not in packed._known
+
+
+def test_no_operation_keeps_itself() -> None:
+    """What saves its own result is freed with it, without the garbage collector."""
+    x = random_input((4, 3, 8)).requires_grad_()
+    gc.disable()
+    try:
+        with nj.packed_spikes():
+            y = fired(x).exp()
+        memory = storage_of(y)
+        del y
+        assert memory() is None
+    finally:
+        gc.enable()
+
+
 # --- what does not --------------------------------------------------------------------------------
 
 
@@ -306,6 +325,8 @@ NOT_SPIKES: dict[str, Callable[[Tensor], Tensor]] = {
     "a copy that is scaled": halved_copy,
     "a copy of a copy that was scaled": copy_of_a_halved_copy,
     "scaled as .data": through_data,
+    ".data of what was scaled": lambda s: times_half(s).data,
+    "bits as integers": lambda s: s.view(torch.int32),
     "negated": lambda s: -s,
     "a negative view": lambda s: torch._neg_view(s),
     "a pooling of padding": lambda s: F.max_pool2d(s[:, :1, :1], 2, 2, 1, 2),
@@ -323,9 +344,9 @@ def test_what_is_not_spikes_stays(kind: str) -> None:
         leaf = x.clone().requires_grad_()
         with context():
             kept = NOT_SPIKES[kind](fired(leaf))
-            w = torch.ones_like(kept, requires_grad=True)
+            w = torch.ones(kept.shape, dtype=torch.float32, requires_grad=True)
             y = kept * w
-        want = kept.detach().clone()
+        want = kept.detach().float()
         y.sum().backward()
         assert torch.equal(w.grad, want)
         found.append(w.grad)
@@ -524,20 +545,27 @@ def test_autocast(device: str, monkeypatch: Any) -> None:
 @pytest.mark.slow
 def test_around_a_compiled_part(device: str) -> None:
     """Inside, nothing is packed; eager spikes that go in are."""
-    w = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    w = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
     x = random_input((4, 3, 8)).to(device)
 
     def part(s: Tensor, w: Tensor) -> Tensor:
         return F.linear(nj.multistep("lif", F.linear(s, w)).spikes, w).sin()
 
-    compiled = torch.compile(part, backend="aot_eager", fullgraph=True)
+    def broken(s: Tensor, w: Tensor) -> Tensor:
+        with nj.packed_spikes():
+            return part(fired(F.linear(s, w)), w)
+
+    whole = torch.compile(part, backend="aot_eager", fullgraph=True)
+    parts = torch.compile(broken, backend="aot_eager")
+    found = [torch.autograd.grad(f(x, w).sum(), w) for f in (broken, parts)]
+    assert_all_same_bits(*found)
     found = []
     for context in EACH_WAY:
         x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
         with context():
             spikes = fired(x)
             memory = storage_of(spikes)
-            y = compiled(spikes, w)
+            y = whole(spikes, w)
             del spikes
         assert (memory() is None) == (context is nj.packed_spikes)
         found.append(torch.autograd.grad(y.sum(), (x, w)))
