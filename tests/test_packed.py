@@ -178,6 +178,23 @@ def test_a_network(dtype: torch.dtype, fused: bool, device: str, monkeypatch: An
 
 
 @each_device
+def test_fifty_steps(device: str) -> None:
+    """Training goes the same way."""
+    x = random_input((4, 2, 3, 12, 12)).to(device)
+    losses = []
+    for context in EACH_WAY:
+        net = network(torch.float32, device)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+        each = []
+        for _ in range(50):
+            each.append(step(net, x, context)[0].item())
+            optimizer.step()
+        losses.append(each)
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0] / 2
+
+
+@each_device
 def test_against_plain_autograd(device: str) -> None:
     """Two layers of LIF and ATan written in plain PyTorch."""
     surrogate = oracle.Surrogate("ATan")
