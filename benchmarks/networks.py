@@ -17,6 +17,8 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,10 @@ import neuronjit as nj
 
 RESULTS = Path(__file__).parent / "results"
 T = 4
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@cache
 def spikingjelly() -> Any:
     """Its models, nodes and functions. Its models import what is not needed here."""
     names = ["h5py", "torchvision", "torchvision._internally_replaced_utils"]
@@ -87,7 +91,7 @@ def network(name: str, whose: str, layout: str) -> nn.Module:
                 setattr(parent, key, nn.Identity())
     if whose in ("neuronjit", "fused"):
         nj.accelerate(net, strict=True, fuse=whose == "fused")
-    net = net.cuda()
+    net = net.to(DEVICE)
     if layout == "channels_last":
         for weight in net.parameters():
             if weight.dim() == 4:
@@ -98,14 +102,17 @@ def network(name: str, whose: str, layout: str) -> nn.Module:
 def batch(name: str, layout: str) -> tuple[Tensor, Tensor]:
     _, count, size = NETWORKS[name]
     generator = torch.Generator().manual_seed(1)
-    x = torch.rand((T * count, 3, size, size), generator=generator).cuda()
+    x = torch.rand((T * count, 3, size, size), generator=generator).to(DEVICE)
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
-    return x.unflatten(0, (T, count)), torch.randint(0, 10, (count,), generator=generator).cuda()
+    y = torch.randint(0, 10, (count,), generator=generator).to(DEVICE)
+    return x.unflatten(0, (T, count)), y
 
 
 class Step:
     """A training step."""
+
+    context: Callable[[], Any] = nullcontext  # in which forward runs
 
     def __init__(self, name: str, whose: str, dtype: str, layout: str) -> None:
         _, _, self.functional = spikingjelly()
@@ -117,7 +124,7 @@ class Step:
     def __call__(self) -> Tensor:
         self.functional.reset_net(self.net)
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.float16, enabled=self.half):
+        with self.context(), torch.autocast(DEVICE, torch.float16, enabled=self.half):
             out = self.net(self.x)
             out = out.mean(0) if out.dim() == 3 else out
         loss = nn.functional.cross_entropy(out.float(), self.y)
@@ -133,14 +140,19 @@ def captured(step: Step) -> Callable[[], Any]:
     return graph.replay
 
 
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
 def milliseconds(call: Callable[[], Any], rounds: int = 7, repeats: int = 3) -> float:
     times = []
     for _ in range(rounds):
-        torch.cuda.synchronize()
+        synchronize()
         begin = time.perf_counter()
         for _ in range(repeats):
             call()
-        torch.cuda.synchronize()
+        synchronize()
         times.append((time.perf_counter() - begin) / repeats * 1e3)
     return statistics.median(times)
 

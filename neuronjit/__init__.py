@@ -31,6 +31,7 @@ from .neuron_kernel import (
     multistep_qif_ptt,
 )
 from .run.autograd import Output, multistep
+from .run.packed import packed_spikes
 
 if TYPE_CHECKING:
     from .explanation import Explanation, explain
@@ -75,6 +76,7 @@ __all__ = [
     "neuron_kernel",
     "neurons",
     "nn",
+    "packed_spikes",
     "plot",
     "render",
     "restore",

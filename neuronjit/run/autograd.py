@@ -16,7 +16,7 @@ from ..models.surrogate import Surrogate
 from ..neurons import as_model
 from ..surrogates import ATan, as_surrogate
 from ..torch_private import direct_apply, has_tangents, tracing, transformed
-from . import checks, front_end
+from . import checks, front_end, packed
 from .call import Output, as_names, as_state, glance, key_of, settle, signature, tensors_of
 from .plan import (
     EagerPlan,
@@ -154,13 +154,17 @@ def find(
 def run(plan: KernelPlan | EagerPlan, x: Tensor, tensors: Sequence[Tensor]) -> Output:
     """Run a plan; in eager PyTorch where its kernel cannot be had (see `fall_back`)."""
     if isinstance(plan, EagerPlan):
-        return plan.run(x, tensors)
-    try:
-        return output(plan.call, apply(plan, x, tensors))
-    except (BackendError, CompileError) as error:
-        return fall_back(plan, error).run(x, tensors)
-    except RuntimeError as error:
-        _explain(error)
+        out = plan.run(x, tensors)
+    else:
+        try:
+            out = output(plan.call, apply(plan, x, tensors))
+        except (BackendError, CompileError) as error:
+            out = fall_back(plan, error).run(x, tensors)
+        except RuntimeError as error:
+            _explain(error)
+    if packed.here.contexts:
+        packed.note(plan.call, out.spikes)
+    return out
 
 
 def _in_a_graph(*asked: Any) -> Output:

@@ -23,7 +23,7 @@ from ..language.parse import plain
 from ..models.model import NeuronModel
 from ..surrogates import StraightThrough
 from ..torch_private import tracing, transformed
-from . import checks
+from . import checks, packed
 from .autograd import apply, find, multistep
 from .call import Output
 from .plan import Gradients, KernelPlan, backward, fall_back, output
@@ -218,9 +218,13 @@ def multistep_normed(
         if tracing() or transformed():
             raise BackendError("a fused batch norm is no part of torch.jit.trace and torch.func")
         try:
-            return output(plan.call, apply(_TwoPasses(plan, residual), x, tensors))
+            out = output(plan.call, apply(_TwoPasses(plan, residual), x, tensors))
         except (BackendError, CompileError) as error:
             fall_back(plan, error)
+        else:
+            if packed.here.contexts:
+                packed.note(plan.call, out.spikes)
+            return out
     return _followed(own, x, state, eps, {**asked, "backend": "eager"}, given)
 
 
