@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -26,18 +27,20 @@ from neuronjit.run.plan import EagerPlan, KernelPlan, plans
 RESULTS = Path(__file__).parent / "results"
 
 
-def microseconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """The median of each over rounds in which all take their turn; a round is 2,000 calls."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+def microseconds(
+    timed: dict[str, Callable[[], Any]], rounds: int, calls: int = 2000
+) -> dict[str, float]:
+    """The median of each over rounds in which all take their turn; a round is so many calls."""
+    times: dict[str, list[float]] = {name: [] for name in timed}
     for turn in range(rounds + 1):
-        for name, call in calls.items():
+        for name, call in timed.items():
             begin = time.perf_counter()
-            for _ in range(2000):
+            for _ in range(calls):
                 call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn:  # the first warms up
-                times[name].append((time.perf_counter() - begin) / 2000 * 1e6)
+                times[name].append((time.perf_counter() - begin) / calls * 1e6)
     return {name: statistics.median(each) for name, each in times.items()}
 
 
@@ -87,6 +90,48 @@ def training(x: Tensor, rounds: int) -> dict[str, float]:
     return {**took, "the rest": took["forward and backward"] - sum(took[part] for part in parts)}
 
 
+CHAIN = 20  # layers
+
+
+def chain(device: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Host time of a training step a layer, in a chain, so that starting backward weighs little."""
+    x = torch.rand(4, 64 if device == "cpu" else 4096, device=device, requires_grad=True)
+
+    def step(layer: Callable[[Tensor], Tensor]) -> None:
+        y = x
+        for _ in range(CHAIN):
+            y = layer(y)
+        y.sum().backward()
+
+    def of(net: torch.nn.Module) -> None:
+        nj.nn.reset_net(net)
+        net(x).sum().backward()
+
+    def layers(kind: Any) -> Callable[[], None]:
+        net = torch.nn.Sequential(*(kind(step_mode="m") for _ in range(CHAIN)))
+        return partial(of, net.to(device))
+
+    found = {}
+    for front_end in ("python", "compiled"):
+        os.environ["NEURONJIT_FRONT_END"] = front_end
+        plans.clear()
+        steps: dict[str, Callable[[], None]] = {
+            "no layers": partial(step, lambda y: y),
+            "torch.sigmoid": partial(step, torch.sigmoid),
+            "an empty autograd.Function": partial(step, Nothing.apply),
+            "multistep, LIF": partial(
+                step, lambda y: nj.multistep(nj.neurons.LIF, y, tau=2.0).spikes
+            ),
+            "nn.LIFNode": layers(nj.nn.LIFNode),
+            "nn.ParametricLIFNode": layers(nj.nn.ParametricLIFNode),
+        }
+        took = microseconds(steps, rounds, calls=20)
+        nothing = took.pop("no layers")
+        found[front_end] = {name: (us - nothing) / CHAIN for name, us in took.items()}
+    del os.environ["NEURONJIT_FRONT_END"]
+    return found
+
+
 def page(results: dict[str, Any]) -> str:
     lines = ["# Where the host time of a warm call goes", ""]
     for device, found in results.items():
@@ -94,6 +139,14 @@ def page(results: dict[str, Any]) -> str:
         for kind in ("inference", "training"):
             lines += ["", f"| {kind}, LIF, T = 4, N = 64 | us |", "| --- | --- |"]
             lines += [f"| {part} | {us:.1f} |" for part, us in found[kind].items()]
+        ways = found["chain"]
+        lines += [
+            "",
+            f"| a layer's training step in a chain of {CHAIN}, T = 4: us | {' | '.join(ways)} |",
+        ]
+        lines += ["| --- | --- | --- |"]
+        for name in ways["python"]:
+            lines.append(f"| {name} | {' | '.join(f'{way[name]:.1f}' for way in ways.values())} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -110,7 +163,10 @@ def main() -> None:
         with torch.no_grad():
             parts = inference(x, args.rounds)
         results[device] = dict(
-            machine=machine(device), inference=parts, training=training(x, args.rounds)
+            machine=machine(device),
+            inference=parts,
+            training=training(x, args.rounds),
+            chain=chain(device, args.rounds),
         )
     args.out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(results, indent=1) + "\n")
