@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import each_device, inputs, library_model
+from support import Counted, each_device, inputs, library_model
 from torch import Tensor
 
 import neuronjit as nj
@@ -31,24 +31,6 @@ def fresh(tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def compiled(function: Any, backend: str = "aot_eager", **options: Any) -> Any:
     """aot_eager traces and differentiates as the default does, and saves the C++ compiler."""
     return torch.compile(function, fullgraph=True, backend=backend, **options)
-
-
-class Counted:
-    """How many graphs were made since."""
-
-    def __enter__(self) -> Counted:
-        from torch._dynamo.utils import counters
-
-        counters.clear()
-        self._counters = counters
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    @property
-    def graphs(self) -> int:
-        return self._counters["stats"]["unique_graphs"]
 
 
 def same(function: Callable[..., Any], other: Callable[..., Any], *leaves: Any) -> None:
