@@ -73,6 +73,27 @@ def test_inference_goes_on_from_the_last_replay() -> None:
             nj.nn.reset_net(net), nj.nn.reset_net(other)
 
 
+def test_what_is_assigned_between_replays_is_where_the_next_one_starts() -> None:
+    net, x, out = network().eval(), torch.zeros(5, 4, 6, device="cuda"), {}
+    other, x_other = copy.deepcopy(net), inputs((5, 4, 6)).cuda()
+
+    def step() -> None:
+        out["y"] = net(x)
+
+    with torch.no_grad():
+        graph = captured(step, warm=1)
+        x.copy_(x_other)
+        start = torch.rand(4, 32, device="cuda")
+        for value in (start, 0.25, torch.tensor(0.5, device="cuda").expand(4, 32), None):
+            nj.nn.reset_net(net), nj.nn.reset_net(other)
+            net[1].v = value
+            if value is not None:
+                other[1].v = value if isinstance(value, Tensor) else torch.full_like(start, value)
+            graph.replay()
+            assert torch.equal(out["y"], other(x_other))
+            assert torch.equal(net[1].v, other[1].v)
+
+
 def step_of(net: torch.nn.Module, x: Tensor, prepare: Callable[[], None]) -> Callable[[], None]:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
 
