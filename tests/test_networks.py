@@ -140,7 +140,7 @@ def any_batch_size(
     assert len({round(loss, 4) for loss in want}) == len(want)  # it learns, so it can differ
     # on a GPU, convolutions add up in another order each time
     assert got == pytest.approx(want, rel=0.2 if device == "cuda" else 1e-4), (got, want)
-    assert got[0] == pytest.approx(want[0], rel=1e-4)
+    assert got[0] == pytest.approx(want[0], rel=0.02 if device == "cuda" else 1e-4)
     assert graphs <= allowed, f"{graphs} graphs, {allowed} without neurons"
 
 
@@ -179,3 +179,10 @@ def test_accelerated_networks_of_any_batch_size(make: Any, size: int, device: st
 def test_inductor_and_batch_sizes(device: str) -> None:
     """The default backend: also where batch norm is rounded otherwise, no graph more."""
     any_batch_size(accelerated(mlp), 8, device, allowed=2)
+
+
+@pytest.mark.cuda
+def test_reduce_overhead_and_batch_sizes() -> None:
+    """A CUDA graph for each batch size, of no more graphs of Dynamo's than without neurons."""
+    any_batch_size(accelerated(mlp), 8, "cuda", allowed=2, mode="reduce-overhead")
+    any_batch_size(mlp(), 8, "cuda", allowed=2, mode="reduce-overhead")
