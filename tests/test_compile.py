@@ -77,6 +77,32 @@ def test_a_network(backend: str, device: str) -> None:
 
 
 @each_device
+def test_a_state_that_is_carried(device: str) -> None:
+    """Cut between steps: one graph that starts anew, one that goes on; the losses of eager steps.
+
+    A batch of another size starts anew, as in eager mode.
+    """
+    losses = []
+    with Counted() as counted:
+        for fast in (False, True):
+            torch.manual_seed(0)
+            net = torch.nn.Sequential(torch.nn.Linear(6, 9), nj.nn.LIF(tau=3.0, v_threshold=0.3))
+            run = compiled(net.to(device)) if fast else net.to(device)
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+            losses.append([])
+            for seed, count in enumerate((4, 4, 4, 7, 7)):
+                nj.nn.detach_net(net)
+                optimizer.zero_grad()
+                loss = (run(inputs((5, count, 6), seed=seed).to(device)).mean() - 0.1).square()
+                loss.backward()
+                optimizer.step()
+                losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert len(set(losses[0])) == 5
+    assert counted.graphs <= 4
+
+
+@each_device
 @pytest.mark.parametrize("model", ["IF", "LIF", "PLIF", "EIF", "IZHIKEVICH", "alif"])
 def test_models(model: str, device: str) -> None:
     """Outputs, last states and records; checkpoints from 20 steps; a model of one's own."""

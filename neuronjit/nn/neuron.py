@@ -252,10 +252,12 @@ class Neuron(torch.nn.Module):
                 if value.shape != (x.shape[1:] if self.step_mode == "m" else x.shape):
                     continue
                 value = value.to(x.device)
-                if value.is_inference() and not torch.is_inference_mode_enabled():
-                    value = value.clone()  # autograd cannot save it: training after an evaluation
-                elif value is self._held.get(name):
+                if value is self._held.get(name):
                     value = value.clone()  # autograd may save it, and its place is written again
+                elif is_compiling():
+                    pass  # Dynamo breaks its graph at is_inference()
+                elif value.is_inference() and not torch.is_inference_mode_enabled():
+                    value = value.clone()  # autograd cannot save it: training after an evaluation
                 if value.requires_grad and not is_compiling():
                     note_carried(value, type(self).__name__)
             kept[name] = value
