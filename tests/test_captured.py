@@ -13,7 +13,10 @@ from torch import Tensor
 
 import neuronjit as nj
 
-pytestmark = pytest.mark.cuda
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.filterwarnings("ignore:.*(TF32|deprecated|isinstance_treespec|online softmax)"),
+]
 
 
 def captured(step: Callable[[], Any], warm: int = 2) -> torch.cuda.CUDAGraph:

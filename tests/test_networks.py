@@ -176,6 +176,25 @@ def test_accelerated_networks_of_any_batch_size(make: Any, size: int, device: st
 
 @each_device
 @pytest.mark.slow
+@pytest.mark.parametrize("ours", [False, True], ids=["accelerated", "our layers"])
+def test_states_are_carried_through_batch_sizes(ours: bool, device: str) -> None:
+    """Cut by detach_net between steps; another batch size starts anew, compiled as eager."""
+    net = (mlp() if ours else accelerated(mlp)).to(device)
+    twin, third = copy.deepcopy(net), copy.deepcopy(net)
+    sizes = (2, 2, 3, 3, 3, 5, 5, 4, 2)
+    data = batches(len(sizes), device, 8, sizes)
+    with Counted() as counted:
+        fast = torch.compile(twin, fullgraph=True, backend="aot_eager")
+        got = train(twin, fast, data, carry=True)
+    want = train(net, net, data, carry=True)
+    assert got == pytest.approx(want, rel=1e-3)
+    anew = train(third, third, data)
+    assert got[1] != pytest.approx(anew[1], rel=1e-3)  # it does go on
+    assert counted.graphs <= 5
+
+
+@each_device
+@pytest.mark.slow
 def test_inductor_and_batch_sizes(device: str) -> None:
     """The default backend: also where batch norm is rounded otherwise, no graph more."""
     any_batch_size(accelerated(mlp), 8, device, allowed=2)
