@@ -31,7 +31,7 @@ def spikingjelly() -> Any:
     return (parametric_lif_net, sew_resnet, spikformer), neuron, functional
 
 
-def cifar10net(channels: int = 8, neurons: Any = nj.nn) -> torch.nn.Module:
+def cifar10net(neurons: Any = nj.nn, channels: int = 8) -> torch.nn.Module:
     """Fang et al. 2021: convolutions, batch norms, PLIF, pooling, voting; without dropout."""
     (models, _, _), _, functional = spikingjelly()
     torch.manual_seed(0)
@@ -40,7 +40,7 @@ def cifar10net(channels: int = 8, neurons: Any = nj.nn) -> torch.nn.Module:
     for name, module in net.conv_fc.named_children():
         if "Dropout" in type(module).__name__:  # it keeps a mask of its own from call to call
             setattr(net.conv_fc, name, torch.nn.Identity())
-    return net
+    return louder(net)
 
 
 def sew_resnet18(neurons: Any = nj.nn) -> torch.nn.Module:
@@ -64,6 +64,44 @@ def spikformer(neurons: Any) -> torch.nn.Module:
     )  # fmt: skip
 
 
+def mlp(neurons: Any = nj.nn) -> torch.nn.Module:
+    """Dense layers of images, `[T, N, 3, 8, 8]`, and two kinds of neurons."""
+    spiking = neurons.LIFNode(step_mode="m"), neurons.ParametricLIFNode(step_mode="m")
+    torch.manual_seed(0)
+    dense = [torch.nn.Linear(*sizes) for sizes in ((192, 24), (24, 24), (24, 10))]
+    return louder(
+        torch.nn.Sequential(
+            torch.nn.Flatten(2), dense[0], spiking[0], dense[1], spiking[1], dense[2]
+        )
+    )
+
+
+def convolutional() -> torch.nn.Module:
+    """Of our own layers alone: the fold of time into batch, and learned thresholds."""
+    torch.manual_seed(0)
+    first = nj.nn.EachStep(torch.nn.Conv2d(3, 6, 3), torch.nn.BatchNorm2d(6))
+    last = nj.nn.EachStep(torch.nn.AvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(54, 10))
+    lif = nj.nn.LIF(learnable="v_threshold", channels=6, detach_reset=True)
+    return torch.nn.Sequential(first, lif, last)
+
+
+def louder(net: torch.nn.Module) -> torch.nn.Module:
+    """Dense weights times 6: without a batch norm nothing would fire, and losses stay at ln 10."""
+    for module in net.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data *= 6
+    return net
+
+
+def without_neurons(net: torch.nn.Module) -> torch.nn.Module:
+    """The network with identities in the place of its neurons, SpikingJelly's or ours."""
+    for parent in list(net.modules()):
+        for key, child in list(parent.named_children()):
+            if isinstance(child, nj.nn.Neuron) or hasattr(child, "surrogate_function"):
+                setattr(parent, key, torch.nn.Identity())
+    return net
+
+
 # with the size of their images; at 32 pixels the last features of the ResNet are 1 x 1, for which
 # torch 2.11 fails to compile the convolutions' backward, whatever the neurons are
 NETWORKS: dict[str, tuple[Callable[[], torch.nn.Module], int]] = {
@@ -72,12 +110,16 @@ NETWORKS: dict[str, tuple[Callable[[], torch.nn.Module], int]] = {
 }
 
 
-def batches(count: int, device: str, size: int) -> list[tuple[Tensor, Tensor]]:
+def batches(
+    count: int, device: str, size: int, counts: tuple[int, ...] = (2,)
+) -> list[tuple[Tensor, Tensor]]:
+    """`[4, N, 3, size, size]` and labels; the batch sizes N take turns."""
     generator = torch.Generator().manual_seed(1)
     made = []
-    for _ in range(count):
-        x = torch.rand((4, 2, 3, size, size), generator=generator)
-        y = torch.randint(0, 10, (2,), generator=generator)
+    for turn in range(count):
+        samples = counts[turn % len(counts)]
+        x = torch.rand((4, samples, 3, size, size), generator=generator)
+        y = torch.randint(0, 10, (samples,), generator=generator)
         made.append((x.to(device), y.to(device)))
     return made
 
@@ -101,7 +143,9 @@ def train(
             nj.nn.reset_net(net)
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(x.device.type, amp or torch.bfloat16, enabled=amp is not None):
-            loss = torch.nn.functional.cross_entropy(run(x).float().mean(0), y)
+            out = run(x).float()
+            out = out.mean(0) if out.dim() == 3 else out
+            loss = torch.nn.functional.cross_entropy(out, y)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

@@ -54,6 +54,24 @@ def library_surrogate(surrogate: oracle.Surrogate) -> Any:
     return factory(**surrogate.params, spiking=surrogate.spiking)
 
 
+class Counted:
+    """How many graphs torch.compile made since."""
+
+    def __enter__(self) -> Counted:
+        from torch._dynamo.utils import counters
+
+        counters.clear()
+        self._counters = counters
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @property
+    def graphs(self) -> int:
+        return self._counters["stats"]["unique_graphs"]
+
+
 def inputs(
     shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0
 ) -> Tensor:

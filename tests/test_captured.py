@@ -13,7 +13,10 @@ from torch import Tensor
 
 import neuronjit as nj
 
-pytestmark = pytest.mark.cuda
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.filterwarnings("ignore:.*(TF32|deprecated|isinstance_treespec|online softmax)"),
+]
 
 
 def captured(step: Callable[[], Any], warm: int = 2) -> torch.cuda.CUDAGraph:
@@ -71,6 +74,27 @@ def test_inference_goes_on_from_the_last_replay() -> None:
             assert torch.equal(out["y"], other(data[4]))
             net(data[3][:, :2]), other(data[3][:, :2])  # of another shape: as without a graph
             nj.nn.reset_net(net), nj.nn.reset_net(other)
+
+
+def test_what_is_assigned_between_replays_is_where_the_next_one_starts() -> None:
+    net, x, out = network().eval(), torch.zeros(5, 4, 6, device="cuda"), {}
+    other, x_other = copy.deepcopy(net), inputs((5, 4, 6)).cuda()
+
+    def step() -> None:
+        out["y"] = net(x)
+
+    with torch.no_grad():
+        graph = captured(step, warm=1)
+        x.copy_(x_other)
+        start = torch.rand(4, 32, device="cuda")
+        for value in (start, 0.25, torch.tensor(0.5, device="cuda").expand(4, 32), None):
+            nj.nn.reset_net(net), nj.nn.reset_net(other)
+            net[1].v = value
+            if value is not None:
+                other[1].v = value if isinstance(value, Tensor) else torch.full_like(start, value)
+            graph.replay()
+            assert torch.equal(out["y"], other(x_other))
+            assert torch.equal(net[1].v, other[1].v)
 
 
 def step_of(net: torch.nn.Module, x: Tensor, prepare: Callable[[], None]) -> Callable[[], None]:
@@ -151,3 +175,121 @@ def test_make_graphed_callables() -> None:
             grads.append([y.detach().clone(), *[p.grad.clone() for p in owner.parameters()]])
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_make_graphed_callables_of_a_part_among_eager_layers() -> None:
+    """The usual way: one block of a network is captured, the rest stays eager."""
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.dense, self.norm = torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(16)
+            self.lif = nj.nn.LIF(learnable="v_threshold", detach_reset=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.lif.reset()
+            y = self.norm(self.dense(x).flatten(0, 1)).unflatten(0, x.shape[:2])
+            return self.lif(y)
+
+    torch.manual_seed(0)
+    nets = [
+        torch.nn.Sequential(torch.nn.Linear(6, 8), Block(), torch.nn.Linear(16, 3)).cuda()
+        for _ in range(2)
+    ]
+    nets[1].load_state_dict(nets[0].state_dict())
+    sample = torch.zeros(5, 4, 8, device="cuda", requires_grad=True)
+    nets[0][1] = torch.cuda.make_graphed_callables(nets[0][1], (sample,))
+    for a, b in zip(nets[0].buffers(), nets[1].buffers(), strict=True):
+        a.copy_(b)  # warming up has moved the running statistics
+    losses = []
+    for net in nets:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        losses.append([])
+        for seed in range(5):
+            optimizer.zero_grad()
+            loss = net(inputs((5, 4, 6), seed=seed).cuda()).mean(0).square().sum()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[1][0] != losses[1][-1]
+    for a, b in zip(nets[0].buffers(), nets[1].buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_amp_with_a_grad_scaler(dtype: torch.dtype) -> None:
+    """The whole step with autocast, scaling, unscaling and the scale's update in one graph."""
+    nets = [network() for _ in range(2)]
+    x, y = torch.zeros(20, 4, 6, device="cuda"), torch.tensor([1, 0, 3, 2], device="cuda")
+
+    def step_with(net: torch.nn.Module) -> tuple[Callable[[], Tensor], torch.amp.GradScaler]:
+        # capturable: Adam skips a step of infinite gradients without asking the host
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-2, capturable=True, fused=True)
+        scaler = torch.amp.GradScaler("cuda", init_scale=256.0, growth_interval=3)
+
+        def step() -> Tensor:
+            nj.nn.reset_net(net)
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast("cuda", dtype):
+                out = net(x).float().mean(0)
+            loss = torch.nn.functional.cross_entropy(out, y)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            return loss.detach()
+
+        return step, scaler
+
+    (step, scaler), (other, other_scaler) = (step_with(net) for net in nets)
+    x.copy_(inputs((20, 4, 6)))
+    for _ in range(2):
+        other()
+    kept = {}
+    graph = captured(lambda: kept.update(loss=step()))
+    losses: tuple[list[float], list[float]] = ([], [])
+    for seed in range(8):
+        x.copy_(inputs((20, 4, 6), seed=seed))
+        graph.replay()
+        losses[0].append(kept["loss"].item())
+        losses[1].append(other().item())
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert scaler.get_scale() == other_scaler.get_scale() != 256.0  # it grew in replays, too
+
+
+def test_reduce_overhead_of_a_network_that_is_reset_inside() -> None:
+    """mode="reduce-overhead": losses of the eager network, at two batch sizes, batch norm too."""
+    torch._dynamo.reset()
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = nj.nn.EachStep(torch.nn.Conv2d(2, 6, 3), torch.nn.BatchNorm2d(6))
+            self.lif = nj.nn.LIF(learnable="v_threshold", channels=6)
+            self.last = torch.nn.Linear(6 * 16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            nj.nn.reset_net(self)
+            return self.last(self.lif(self.first(x)).flatten(2)).mean(0)
+
+    eager = Net().cuda()
+    fast = copy.deepcopy(eager)
+    runs = ((eager, eager), (fast, torch.compile(fast, mode="reduce-overhead", fullgraph=True)))
+    found: list[list[float]] = []
+    for net, run in runs:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        found.append([])
+        for seed, count in enumerate((4, 4, 4, 4, 8, 8, 4, 8)):
+            torch.compiler.cudagraph_mark_step_begin()
+            y = torch.arange(count, device="cuda") % 5
+            optimizer.zero_grad(set_to_none=True)
+            out = run(inputs((5, count, 2, 6, 6), seed=seed).cuda())
+            loss = torch.nn.functional.cross_entropy(out, y)
+            loss.backward()
+            optimizer.step()
+            found[-1].append(loss.item())
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-3)
+    assert found[1] == pytest.approx(found[0], rel=0.05)
+    torch._dynamo.reset()

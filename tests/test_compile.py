@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import each_device, inputs, library_model
+from support import Counted, each_device, inputs, library_model
 from torch import Tensor
 
 import neuronjit as nj
@@ -31,24 +31,6 @@ def fresh(tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def compiled(function: Any, backend: str = "aot_eager", **options: Any) -> Any:
     """aot_eager traces and differentiates as the default does, and saves the C++ compiler."""
     return torch.compile(function, fullgraph=True, backend=backend, **options)
-
-
-class Counted:
-    """How many graphs were made since."""
-
-    def __enter__(self) -> Counted:
-        from torch._dynamo.utils import counters
-
-        counters.clear()
-        self._counters = counters
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    @property
-    def graphs(self) -> int:
-        return self._counters["stats"]["unique_graphs"]
 
 
 def same(function: Callable[..., Any], other: Callable[..., Any], *leaves: Any) -> None:
@@ -92,6 +74,32 @@ def test_a_network(backend: str, device: str) -> None:
     for other in grads[1:]:
         for a, b in zip(grads[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@each_device
+def test_a_state_that_is_carried(device: str) -> None:
+    """Cut between steps: one graph that starts anew, one that goes on; the losses of eager steps.
+
+    A batch of another size starts anew, as in eager mode.
+    """
+    losses = []
+    with Counted() as counted:
+        for fast in (False, True):
+            torch.manual_seed(0)
+            net = torch.nn.Sequential(torch.nn.Linear(6, 9), nj.nn.LIF(tau=3.0, v_threshold=0.3))
+            run = compiled(net.to(device)) if fast else net.to(device)
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+            losses.append([])
+            for seed, count in enumerate((4, 4, 4, 7, 7)):
+                nj.nn.detach_net(net)
+                optimizer.zero_grad()
+                loss = (run(inputs((5, count, 6), seed=seed).to(device)).mean() - 0.1).square()
+                loss.backward()
+                optimizer.step()
+                losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert len(set(losses[0])) == 5
+    assert counted.graphs <= 4
 
 
 @each_device

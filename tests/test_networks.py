@@ -1,17 +1,35 @@
-"""The peers' own networks with our layers under torch.compile: they compile, and train alike."""
+"""Networks under torch.compile: SpikingJelly's own, with our layers or accelerated, and ours.
+
+They compile without a graph break, train as they do in eager mode, and a new batch size makes no
+more graphs than it does of the same network without neurons.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from networks import NETWORKS, batches, train
-from support import each_device
+from networks import (
+    NETWORKS,
+    batches,
+    cifar10net,
+    convolutional,
+    mlp,
+    sew_resnet18,
+    spikformer,
+    spikingjelly,
+    train,
+    without_neurons,
+)
+from support import Counted, each_device
+
+import neuronjit as nj
 
 pytestmark = [
-    pytest.mark.peers("spikingjelly", "torchvision"),  # its models import that
+    pytest.mark.peers("spikingjelly"),
     pytest.mark.filterwarnings("ignore:.*(TF32|deprecated|isinstance_treespec|online softmax)"),
 ]
 
@@ -83,3 +101,107 @@ def test_reduce_overhead(name: str, carry: bool) -> None:
 def test_amp_and_channels_last(mode: str, device: str) -> None:
     amp = torch.float16 if device == "cuda" else torch.bfloat16
     compare("sew_resnet18", device, mode, carry=False, amp=amp, channels_last=True)
+
+
+# --- accelerated, and of our own layers: any batch size -------------------------------------------
+
+
+def accelerated(make: Callable[[Any], torch.nn.Module]) -> torch.nn.Module:
+    """A network of SpikingJelly's nodes, which run on our kernels."""
+    _, neuron, _ = spikingjelly()
+    net = make(neuron)
+    assert nj.accelerate(net, strict=True).accelerated
+    return net
+
+
+SIZES = (2, 3, 5, 7, 4, 2, 9)
+
+
+def any_batch_size(
+    net: torch.nn.Module, size: int, device: str, allowed: int | None = None, **options: Any
+) -> None:
+    """Train compiled and eager by batches of several sizes: the same losses, and few graphs.
+
+    As many are allowed as the network makes without neurons: convolutions on a CPU ask for some.
+    """
+    net = net.to(device)
+    data = batches(len(SIZES), device, size, SIZES)
+
+    def compiled(net: torch.nn.Module) -> tuple[list[float], int]:
+        torch._dynamo.reset()
+        with Counted() as counted:
+            losses = train(net, torch.compile(net, fullgraph=True, **options), data)
+        return losses, counted.graphs
+
+    got, graphs = compiled(copy.deepcopy(net))
+    if allowed is None:
+        _, allowed = compiled(without_neurons(copy.deepcopy(net)))
+    want = train(net, net, data)
+    assert len({round(loss, 4) for loss in want}) == len(want)  # it learns, so it can differ
+    # on a GPU, convolutions add up in another order each time
+    assert got == pytest.approx(want, rel=0.2 if device == "cuda" else 1e-4), (got, want)
+    assert got[0] == pytest.approx(want[0], rel=0.02 if device == "cuda" else 1e-4)
+    assert graphs <= allowed, f"{graphs} graphs, {allowed} without neurons"
+
+
+@each_device
+def test_dense_layers_of_any_batch_size(device: str) -> None:
+    """Two graphs: of the first size, and of all others."""
+    any_batch_size(accelerated(mlp), 8, device, allowed=2, backend="aot_eager")
+
+
+@each_device
+@pytest.mark.slow
+def test_our_own_layers_of_any_batch_size(device: str) -> None:
+    any_batch_size(mlp(), 8, device, allowed=2, backend="aot_eager")
+    any_batch_size(convolutional(), 8, device, backend="aot_eager")
+    net = convolutional().to(device)
+    assert nj.nn.fuse(net) == 1
+    twin = copy.deepcopy(net)
+    fast = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    data = batches(5, device, 8, SIZES)
+    assert train(twin, fast, data) == pytest.approx(train(net, net, data), rel=1e-3)
+
+
+@each_device
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [(cifar10net, 32), (sew_resnet18, 64), (spikformer, 32)],
+    ids=["cifar10net", "sew_resnet18", "spikformer"],
+)
+def test_accelerated_networks_of_any_batch_size(make: Any, size: int, device: str) -> None:
+    any_batch_size(accelerated(make), size, device, backend="aot_eager")
+
+
+@each_device
+@pytest.mark.slow
+@pytest.mark.parametrize("ours", [False, True], ids=["accelerated", "our layers"])
+def test_states_are_carried_through_batch_sizes(ours: bool, device: str) -> None:
+    """Cut by detach_net between steps; another batch size starts anew, compiled as eager."""
+    net = (mlp() if ours else accelerated(mlp)).to(device)
+    twin, third = copy.deepcopy(net), copy.deepcopy(net)
+    sizes = (2, 2, 3, 3, 3, 5, 5, 4, 2)
+    data = batches(len(sizes), device, 8, sizes)
+    with Counted() as counted:
+        fast = torch.compile(twin, fullgraph=True, backend="aot_eager")
+        got = train(twin, fast, data, carry=True)
+    want = train(net, net, data, carry=True)
+    assert got == pytest.approx(want, rel=1e-3)
+    anew = train(third, third, data)
+    assert got[1] != pytest.approx(anew[1], rel=1e-3)  # it does go on
+    assert counted.graphs <= 5
+
+
+@each_device
+@pytest.mark.slow
+def test_inductor_and_batch_sizes(device: str) -> None:
+    """The default backend: also where batch norm is rounded otherwise, no graph more."""
+    any_batch_size(accelerated(mlp), 8, device, allowed=2)
+
+
+@pytest.mark.cuda
+def test_reduce_overhead_and_batch_sizes() -> None:
+    """A CUDA graph for each batch size, of no more graphs of Dynamo's than without neurons."""
+    any_batch_size(accelerated(mlp), 8, "cuda", allowed=2, mode="reduce-overhead")
+    any_batch_size(mlp(), 8, "cuda", allowed=2, mode="reduce-overhead")

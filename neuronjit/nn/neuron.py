@@ -261,10 +261,12 @@ class Neuron(torch.nn.Module):
                     continue
                 if value.device != device:
                     value = value.to(device)
-                if value.is_inference() and not torch.is_inference_mode_enabled():
-                    value = value.clone()  # autograd cannot save it: training after an evaluation
-                elif value is self._held.get(name):
+                if value is self._held.get(name):
                     value = value.clone()  # autograd may save it, and its place is written again
+                elif is_compiling():
+                    pass  # Dynamo breaks its graph at is_inference()
+                elif value.is_inference() and not torch.is_inference_mode_enabled():
+                    value = value.clone()  # autograd cannot save it: training after an evaluation
                 carried = True
                 if value.requires_grad and not is_compiling():
                     learning = True
@@ -347,6 +349,17 @@ class Neuron(torch.nn.Module):
                 )
         return start
 
+    def _hand_over(self, name: str, value: Any) -> None:
+        """Have the next replay of a captured graph start from a state that is assigned."""
+        place, tensor = self._held[name], isinstance(value, Tensor)
+        if tensor and value.shape not in (place.shape, ()):
+            return  # for a call of another batch size than the graph's
+        start = self.initial_state()[name] if value is None else value
+        place.copy_(torch.as_tensor(start).detach())
+        if not (tensor and value.requires_grad):
+            self._memories[name] = place
+            self._assigned.discard(name)
+
     def _write_back(self) -> None:
         for name, place in self._held.items():
             state = self._memories[name]
@@ -372,6 +385,8 @@ class Neuron(torch.nn.Module):
                 )
             self._memories[name] = value
             self._assigned.add(name)
+            if name in self._held:
+                self._hand_over(name, value)
             return
         if name == "surrogate_function":  # here: torch would make a module of SpikingJelly's
             value = as_surrogate(value)
