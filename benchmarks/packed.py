@@ -11,41 +11,47 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import networks
 import torch
-from networks import DEVICE, NETWORKS, RESULTS, Step, milliseconds, spikingjelly
+from common import synchronize
+from networks import RESULTS, Step, spikingjelly
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from warm_start import machine
 
-import neuronjit as nj
 from neuronjit.run.packed import pack_bits, unpack_bits
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SETTINGS = (("float16", "channels_last"), ("float32", "NCHW"))
 WHOSE = ("spikingjelly", "memopt", "neuronjit", "packed", "packed, memopt")
 
 
-def small_cifar10net() -> torch.nn.Module:
-    (models, _, _), neuron, _ = spikingjelly()
-    return models.CIFAR10Net(16, neuron.ParametricLIFNode, detach_reset=True)
-
-
-SMALL = {
-    "SEW-ResNet-18": (NETWORKS["SEW-ResNet-18"][0], 2, 64),
-    "CIFAR10Net": (small_cifar10net, 4, 32),
-}
+def milliseconds(call: Callable[[], Any], rounds: int = 7, repeats: int = 3) -> float:
+    """The median."""
+    times = []
+    for _ in range(rounds):
+        synchronize()
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        synchronize()
+        times.append((time.perf_counter() - begin) / repeats * 1e3)
+    return statistics.median(times)
 
 
 def checkpointed(step: Step) -> None:
     """SpikingJelly's memopt, level 1: residual blocks, or convolutions where there are none."""
     from spikingjelly.activation_based import layer, memopt
 
-    (_, models, _), _, functional = spikingjelly()
+    (_, models, _), *_, functional = spikingjelly()
     blocks = [type(m) for m in step.net.modules() if isinstance(m, models.BasicBlock)]
     targets = tuple({*blocks}) or (layer.Conv2d,)
     functional.reset_net(step.net)
@@ -72,14 +78,13 @@ def peak_bytes(step: Step) -> int:
     return most - now
 
 
-def measure(name: str, whose: str, dtype: str, layout: str) -> dict[str, Any]:
-    step = Step(
-        name, "spikingjelly" if whose in ("spikingjelly", "memopt") else "neuronjit", dtype, layout
-    )
+def measure(name: str, whose: str, dtype: str, layout: str, run: Any) -> dict[str, Any]:
+    plain = whose in ("spikingjelly", "memopt")
+    net = networks.network(name, "spikingjelly" if plain else "neuronjit", dtype, layout, run)
+    data = networks.batch(name, layout, run)
+    step = Step(net, data, dtype, "eager", "packed" in whose)
     if "memopt" in whose:
         checkpointed(step)
-    if "packed" in whose:
-        step.context = nj.packed_spikes
     losses = [step().item() for _ in range(3)]
     gc.collect()
     return dict(
@@ -106,14 +111,14 @@ def by_shifts(bits: Tensor, dtype: torch.dtype) -> Tensor:
     return (bits.unsqueeze(1) >> shifts).bitwise_and_(1).to(dtype).view(-1)
 
 
-def by_embedding(bits: Tensor, dtype: torch.dtype) -> Tensor:
+def by_table(bits: Tensor, dtype: torch.dtype) -> Tensor:
     byte, bit = (torch.arange(n, device=bits.device) for n in (256, 8))
     table = (byte.unsqueeze(1) >> bit).bitwise_and_(1).to(dtype)
-    return torch.nn.functional.embedding(bits.int(), table).view(-1)
+    return table.index_select(0, bits.int()).view(-1)
 
 
 PACK = {"ours": pack_bits, "matrix product": by_product, "shifted sums": by_sums}
-UNPACK = {"ours": unpack_bits, "shifts": by_shifts, "embedding": by_embedding}
+UNPACK = {"ours": unpack_bits, "shifts": by_shifts, "table": by_table}
 
 
 def packing(size: int) -> list[dict[str, Any]]:
@@ -165,8 +170,7 @@ def main() -> None:
     args = parser.parse_args()
     if DEVICE == "cpu" and not args.small:
         raise SystemExit("no CUDA device: these networks are too large for a CPU; try --small")
-    if args.small:
-        networks.NETWORKS = SMALL
+    run = SimpleNamespace(args=args, device=DEVICE)
     begin = time.perf_counter()
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
@@ -179,7 +183,7 @@ def main() -> None:
                     notes.append(f"not measured for want of time: {what}")
                     continue
                 try:
-                    rows.append(measure(name, whose, dtype, layout))
+                    rows.append(measure(name, whose, dtype, layout, run))
                     print(rows[-1], flush=True)
                 except Exception as error:  # a peer that fails is a line, not the end
                     notes.append(f"{what}: {type(error).__name__}: {str(error)[:200]}")

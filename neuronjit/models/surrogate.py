@@ -67,7 +67,7 @@ class Surrogate(Immutable):
             raise SpecError(f"surrogate '{name}': {reason}")
         readable = {"u", *names}
         identity = (name, derivative, primitive, tuple(names))
-        self.__dict__.update(
+        self._keep(
             name=name,
             derivative=derivative,
             primitive=primitive,
@@ -93,9 +93,17 @@ class Surrogate(Immutable):
         if not spiking and self.primitive is None:
             reason = "has no primitive, so spiking=False has no output to give"
             raise SpecError(f"surrogate '{self.name}' {reason}")
-        own = self.__dict__
-        own["params"] = ReadOnly(numbers, f"surrogates are immutable: {self.name}{_ANOTHER}")
-        own["values"], own["spiking"] = tuple(numbers.values()), bool(spiking)
+        advice = f"surrogates are immutable: {self.name}{_ANOTHER}"
+        self._keep(
+            params=ReadOnly(numbers, advice),
+            values=tuple(numbers.values()),
+            spiking=bool(spiking),
+        )
+
+    def _keep(self, **attributes: Any) -> None:
+        """While the object is made. Dynamo of torch before 2.12 follows no `__dict__.update`."""
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)
 
     def __call__(self, *numbers: float, spiking: bool | None = None, **params: float) -> Surrogate:
         """The same surrogate with other numbers: `ATan(3.0)` or `ATan(alpha=3.0, spiking=False)`.
@@ -105,7 +113,7 @@ class Surrogate(Immutable):
         if numbers:
             params = self._in_order(numbers, params)
         other = object.__new__(Surrogate)
-        other.__dict__.update(self.__dict__)
+        other._keep(**{name: getattr(self, name) for name in _FORM})
         other._set(dict(self.params), params, self.spiking if spiking is None else spiking)
         return other
 
@@ -169,6 +177,13 @@ class Surrogate(Immutable):
         if self.primitive_tree:
             lines.append((r"\mathrm{primitive}", "=", to_latex(self.primitive_tree)))
         return f"**{self}**\n\n$$\n{aligned(lines)}\n$$"
+
+
+# what surrogates of one form share, whatever their numbers
+_FORM = (
+    "name", "derivative", "primitive", "derivative_tree", "primitive_tree", "form", "token",
+    "_identity", "_hash",
+)  # fmt: skip
 
 
 def _unpickle(form: tuple[Any, ...], params: dict[str, float], spiking: bool) -> Surrogate:
