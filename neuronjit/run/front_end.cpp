@@ -92,6 +92,7 @@ struct Given {
   at::ScalarType dtype;
   bool per_step;
   Sizes padded, order, back;  // none: it does not repeat
+  bool in_order;              // its numbers are in memory as in its shape
 };
 
 constexpr uint64_t FORWARD = ~uint64_t(0);
@@ -162,7 +163,7 @@ bool is_as(const Tensor& t, at::IntArrayRef shape, at::IntArrayRef strides, at::
 
 // The tensor whose numbers lie as a kernel counts them (layout.Repeat.elements).
 Tensor elements(const Given& how, const Tensor& t) {
-  if (how.padded.empty()) return t;
+  if (how.padded.empty() || (how.in_order && t.is_contiguous())) return t;
   return t.detach().reshape(how.padded).permute(how.order).contiguous();
 }
 
@@ -294,7 +295,7 @@ bool run_backward(const Plan& plan, const Tensor& x, const Tensor& checkpoints,
     Tensor& gradient = gradients[i];
     if (result.part >= 0) {
       gradient = parts[result.part].select(0, result.row);
-      if (!how.padded.empty()) {
+      if (!how.padded.empty() && !how.in_order) {
         Sizes ordered;
         for (int64_t d : how.order) ordered.push_back(how.padded[d]);
         gradient = gradient.reshape(ordered).permute(how.back);
@@ -448,7 +449,7 @@ at::ScalarType as_dtype(pybind11::handle dtype) {
   return reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
 }
 
-using Described = std::tuple<Sizes, Sizes, pybind11::object, bool, Sizes, Sizes, Sizes>;
+using Described = std::tuple<Sizes, Sizes, pybind11::object, bool, Sizes, Sizes, Sizes, bool>;
 
 // The callable of a plan; its kernels are added later.
 pybind11::object make_plan(int device, pybind11::object dtype, pybind11::object real,
@@ -461,8 +462,8 @@ pybind11::object make_plan(int device, pybind11::object dtype, pybind11::object 
   plan->sequence = sequence, plan->sequence_strides = sequence_strides;
   plan->step = step, plan->step_strides = step_strides;
   plan->finals = finals, plan->records = records, plan->checkpoints = checkpoints;
-  for (auto& [shape, strides, its, per_step, padded, order, back] : given)
-    plan->given.push_back({shape, strides, as_dtype(its), per_step, padded, order, back});
+  for (auto& [shape, strides, its, per_step, padded, order, back, in_order] : given)
+    plan->given.push_back({shape, strides, as_dtype(its), per_step, padded, order, back, in_order});
   PyObject* capsule = PyCapsule_New(plan.release(), nullptr, [](PyObject* self) {
     c10::intrusive_ptr<Plan>::reclaim(static_cast<Plan*>(PyCapsule_GetPointer(self, nullptr)));
   });

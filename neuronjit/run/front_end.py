@@ -161,7 +161,8 @@ class Compiled:
             padded = () if repeat is None else layout.padded(tensor.shape, plan.shape)
             order = () if repeat is None else repeat.order
             back = [order.index(d) for d in range(len(order))]
-            how = (shape, own or (), dtype, name in plan.per_step, padded, order, back)
+            in_order = repeat is not None and repeat.in_order
+            how = (shape, own or (), dtype, name in plan.per_step, padded, order, back, in_order)
             tensors.append(how)
         self.call = made["plan"](
             plan.device.index if x.is_cuda else -1, plan.dtype, plan.real, x.shape, strides,

@@ -56,9 +56,12 @@ class Repeat(NamedTuple):
     inner: int
     period: int
     order: tuple[int, ...] | None  # its dimensions in memory; None: one element a neuron
+    in_order: bool = False  # whether those that it has are in memory as they are in its shape
 
     def elements(self, tensor: Tensor, shape: Sequence[int], strides: Strides) -> Tensor:
         """The parameter's numbers in the order in which the kernel counts them."""
+        if self.in_order and tensor.is_contiguous():
+            return tensor
         if self.order is None:
             return in_layout(tensor.expand(tuple(shape)), shape, strides)
         tensor = tensor.reshape(padded(tensor.shape, shape))
@@ -66,6 +69,8 @@ class Repeat(NamedTuple):
 
     def back(self, numbers: Tensor, given: Sequence[int], shape: Sequence[int]) -> Tensor:
         """What `elements` puts in the kernel's order, back in the parameter's shape."""
+        if self.in_order:
+            return numbers.reshape(tuple(given))
         order = self.order or tuple(range(len(shape)))
         sizes = padded(given, shape)
         numbers = numbers.reshape([sizes[d] for d in order])
@@ -84,4 +89,4 @@ def repeat(param: Sequence[int], shape: Sequence[int], strides: Sequence[int]) -
     own = [d for d in order if sizes[d] > 1]
     if not all(strides[a] == strides[b] * shape[b] for a, b in pairwise(own)):
         return Repeat(1, math.prod(shape), None)
-    return Repeat(strides[own[-1]], math.prod(sizes), tuple(order))
+    return Repeat(strides[own[-1]], math.prod(sizes), tuple(order), own == sorted(own))

@@ -542,7 +542,7 @@ class KernelPlan:
             if not tensor.data_ptr():
                 check_memory([label_of(self.call.model, name)], [tensor])
             if name in self.repeats:
-                tensor = self.repeats[name].elements(tensor.detach(), self.shape, self.strides)
+                tensor = self.repeats[name].elements(tensor, self.shape, self.strides)
                 alive.append(tensor)
             addresses[name] = tensor.data_ptr()
         return [*addresses.values()], alive
