@@ -78,6 +78,7 @@ class _Spikes:
         return self.counter._version == self.version
 
 
+_KEY = "neuronjit: spikes"  # in the metadata of autograd's nodes
 _known: WeakKeyDictionary[torch.UntypedStorage, _Spikes] = WeakKeyDictionary()
 
 
@@ -87,8 +88,8 @@ def note(call: Call, spikes: Tensor) -> None:
         return
     known = _known[spikes.untyped_storage()] = _Spikes(spikes)
     node: Any = spikes.grad_fn
-    if hasattr(node, "_forward_cls"):  # a Python object, which keeps attributes
-        node.neuronjit_spikes = known
+    if node is not None:
+        node.metadata[_KEY] = known
 
 
 @cache
@@ -192,7 +193,7 @@ def _is_copy_of_spikes(x: Tensor) -> bool:
     node: Any = x.grad_fn
     output, copies = x.output_nr, 0
     while node is not None:
-        spikes = getattr(node, "neuronjit_spikes", None)
+        spikes = node.metadata.get(_KEY)
         if spikes is not None:
             return output == 0 and spikes.unchanged() and x.is_floating_point() and x.itemsize > 1
         did = node.name()
