@@ -173,6 +173,22 @@ def test_saved_tensor_hooks_and_threads() -> None:
     assert all(torch.equal(grad, want) for grad in found)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_current_device_stays() -> None:
+    x = inputs((5, 8))
+    want = nj.multistep("lif", x).spikes
+    for current, device in ((0, 1), (1, 0), (0, 0), (1, 1), (0, 1)):
+        with torch.cuda.device(current):
+            there = x.to(f"cuda:{device}").requires_grad_()
+            out = warm(there).spikes
+            out.sum().backward()
+            assert in_cpp(out)
+            assert out.device == there.device
+            assert torch.equal(out.cpu(), want)
+            assert torch.cuda.current_device() == current
+
+
 def test_nothing_is_kept_alive() -> None:
     x = inputs((5, 8)).requires_grad_()
     out = warm(x)

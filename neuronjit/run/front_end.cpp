@@ -5,6 +5,8 @@
 
 #include <dlfcn.h>
 
+#include <array>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <string>
@@ -29,7 +31,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using Sizes = std::vector<int64_t>;
 
-// --- the driver of CUDA, which CuPy has loaded ----------------------------------------------------
+// --- the driver of CUDA, which CuPy has loaded ---------------------------------------------------
 
 struct Driver {
   int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*,
@@ -58,10 +60,11 @@ struct Driver {
   }
 };
 
-// --- what Python has said -------------------------------------------------------------------------
+// --- what Python has said ------------------------------------------------------------------------
 
 // Where a member of an argument lies.
-enum Kind : int64_t { NOWHERE, X, GIVEN, OUT, CHECKPOINTS, GRAD, RESULT, PARTIAL };
+enum Kind : int64_t { NOWHERE, X, GIVEN, OUT, CHECKPOINTS, GRAD, RESULT, PARTIAL, KINDS };
+using Places = std::array<std::vector<void*>, KINDS>;  // by kind: where each of them lies
 
 struct Source {
   int64_t kind, index;
@@ -83,7 +86,7 @@ struct Launch {
   std::vector<Sizes> parts;   // sizes of partial sums
   std::vector<Result> results;
 
-  void run(const std::vector<void*>& at, const c10::Device& device) const;
+  void run(const Places& places, const c10::Device& device) const;
 };
 
 // A tensor among those of a call: as kernels read it, and how a parameter repeats.
@@ -121,27 +124,31 @@ struct Plan : torch::CustomClassHolder {
   Tensor empty_state() const { return at::empty_strided(step, step_strides, options()); }
 };
 
-PyObject* in_python = nullptr;  // front_end.gradients
-PyObject* gone = nullptr;       // front_end.gone
+PyObject* in_python = nullptr;  // plan.gradients
+PyObject* gone = nullptr;       // plan.is_gone
 bool forked = false;            // GNU OpenMP's threads do not survive a fork
 
-// --- running --------------------------------------------------------------------------------------
+// --- running -------------------------------------------------------------------------------------
 
-void Launch::run(const std::vector<void*>& at, const c10::Device& device) const {
-  std::vector<char> packed(at.size() * sizeof(void*) + tail.size());
-  std::memcpy(packed.data(), at.data(), at.size() * sizeof(void*));
-  std::memcpy(packed.data() + at.size() * sizeof(void*), tail.data(), tail.size());
+void Launch::run(const Places& places, const c10::Device& device) const {
+  std::vector<char> packed(sources.size() * sizeof(void*) + tail.size());
+  char* end = packed.data();
+  for (const Source& source : sources) {
+    std::memcpy(end, &places[source.kind][source.index], sizeof(void*));
+    end += sizeof(void*);
+  }
+  std::memcpy(end, tail.data(), tail.size());
   if (device.is_cpu()) {
     int count = parallel && !forked ? at::get_num_threads() : 1;
     reinterpret_cast<void (*)(const char*, int)>(function)(packed.data(), count);
     return;
   }
+  c10::DeviceGuard here(device);  // and back to the device that was current, whatever comes
   const Driver& driver = Driver::get();
   void* current = nullptr;
   driver.get_context(&current);
   if (current != context) driver.set_context(context);  // autograd's threads start with none
-  c10::impl::VirtualGuardImpl guard(device.type());
-  void* stream = guard.getStream(device).native_handle();
+  void* stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
   void* arguments[] = {packed.data()};
   int error = driver.launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, arguments, nullptr);
   TORCH_CHECK(!error, "cuLaunchKernel failed with CUDA error ", error);
@@ -179,15 +186,14 @@ struct Addresses {
     bits |= reinterpret_cast<uintptr_t>(at);
     return at;
   }
+  std::vector<void*> of(const std::vector<Tensor>& tensors) {
+    std::vector<void*> at;
+    at.reserve(tensors.size());
+    for (const Tensor& t : tensors) at.push_back(of(t));
+    return at;
+  }
   bool aligned() const { return !(bits & 15); }
 };
-
-std::vector<void*> all_of(const std::vector<Tensor>& tensors, Addresses& addresses) {
-  std::vector<void*> at;
-  at.reserve(tensors.size());
-  for (const Tensor& t : tensors) at.push_back(addresses.of(t));
-  return at;
-}
 
 // What kernels read of the tensors; nothing where one has no memory.
 bool readable(const Plan& plan, at::TensorList tensors, std::vector<Tensor>& own) {
@@ -211,23 +217,11 @@ bool run_forward(const Plan& plan, const Tensor& x, at::TensorList tensors, bool
   if (save && plan.checkpoints >= 0)
     checkpoints = at::empty({plan.checkpoints}, plan.options());
   Addresses addresses;
-  void* of_x = addresses.of(x);
-  void* of_checkpoints = addresses.of(checkpoints);
-  std::vector<void*> of_given = all_of(own, addresses), of_outputs = all_of(outputs, addresses);
+  Places places{{{nullptr}, {addresses.of(x)}, addresses.of(own), addresses.of(outputs),
+                 {addresses.of(checkpoints)}}};
   const Launch* launch = plan.find(FORWARD, addresses.aligned());
   if (!addresses.complete || !launch) return false;
-  std::vector<void*> at;
-  at.reserve(launch->sources.size());
-  for (const Source& source : launch->sources) {
-    switch (source.kind) {
-      case X: at.push_back(of_x); break;
-      case GIVEN: at.push_back(of_given[source.index]); break;
-      case OUT: at.push_back(of_outputs[source.index]); break;
-      case CHECKPOINTS: at.push_back(of_checkpoints); break;
-      default: at.push_back(nullptr);
-    }
-  }
-  launch->run(at, plan.device);
+  launch->run(places, plan.device);
   return true;
 }
 
@@ -263,28 +257,16 @@ bool run_backward(const Plan& plan, const Tensor& x, const Tensor& checkpoints,
       own[i] = result.like_x ? at::empty_like(x) : plan.empty_state();
   }
   Addresses addresses;
-  void* of_x = addresses.of(x);
-  void* of_checkpoints = addresses.of(checkpoints);
-  std::vector<void*> of_given = all_of(given, addresses), of_grads = all_of(grads, addresses),
-                     of_results = all_of(own, addresses);
+  Places places{{{nullptr}, {addresses.of(x)}, addresses.of(given), {},
+                 {addresses.of(checkpoints)}, addresses.of(grads), addresses.of(own)}};
   launch = plan.find(asked, addresses.aligned());
   if (!addresses.complete || !launch) return false;
   std::vector<Tensor> parts;
-  for (const Sizes& sizes : launch->parts) parts.push_back(at::empty(sizes, plan.options()));
-  std::vector<void*> at;
-  at.reserve(launch->sources.size());
-  for (const Source& source : launch->sources) {
-    switch (source.kind) {
-      case X: at.push_back(of_x); break;
-      case GIVEN: at.push_back(of_given[source.index]); break;
-      case GRAD: at.push_back(of_grads[source.index]); break;
-      case RESULT: at.push_back(of_results[source.index]); break;
-      case CHECKPOINTS: at.push_back(of_checkpoints); break;
-      case PARTIAL: at.push_back(parts[source.index].data_ptr()); break;
-      default: at.push_back(nullptr);
-    }
+  for (const Sizes& sizes : launch->parts) {
+    parts.push_back(at::empty(sizes, plan.options()));
+    places[PARTIAL].push_back(parts.back().data_ptr());
   }
-  launch->run(at, plan.device);
+  launch->run(places, plan.device);
 
   for (Tensor& part : parts) part = part.sum(1);
   gradients = std::move(own);
@@ -312,7 +294,7 @@ bool run_backward(const Plan& plan, const Tensor& x, const Tensor& checkpoints,
   return true;
 }
 
-// --- autograd -------------------------------------------------------------------------------------
+// --- autograd ------------------------------------------------------------------------------------
 
 // What a node keeps besides tensors.
 struct Kept : torch::CustomClassHolder {
@@ -406,7 +388,7 @@ struct Multistep : torch::autograd::Function<Multistep> {
   }
 };
 
-// --- what Python calls -----------------------------------------------------------------------------
+// --- what Python calls ---------------------------------------------------------------------------
 
 // (owner, x, tensors) -> the outputs; None where the plan is to run in Python.
 PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
@@ -423,11 +405,12 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   }
   save &= at::GradMode::is_enabled();
   Ran ran;
+  bool done;
   {
     pybind11::gil_scoped_release no_gil;
-    if (!run_forward(*plan, x, tensors, save, ran.outputs, ran.checkpoints)) size = -1;
+    done = run_forward(*plan, x, tensors, save, ran.outputs, ran.checkpoints);
   }
-  if (size < 0) Py_RETURN_NONE;
+  if (!done) Py_RETURN_NONE;
   variable_list outputs;
   if (save) {
     auto own = c10::intrusive_ptr<Plan>::reclaim_copy(plan);
@@ -437,7 +420,8 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     outputs = std::move(ran.outputs);
   }
   PyObject* list = PyList_New(outputs.size());
-  for (size_t i = 0; i < outputs.size(); ++i) PyList_SET_ITEM(list, i, THPVariable_Wrap(outputs[i]));
+  for (size_t i = 0; i < outputs.size(); ++i)
+    PyList_SET_ITEM(list, i, THPVariable_Wrap(outputs[i]));
   return list;
   END_HANDLE_TH_ERRORS
 }
@@ -503,7 +487,8 @@ void note_carried(const Tensor& state, std::string layer) {
 }  // namespace
 
 // The functions that front_end.py uses, by name.
-extern "C" __attribute__((visibility("default"))) PyObject* neuronjit_front_end(PyObject* by_python, PyObject* explain) {
+extern "C" __attribute__((visibility("default"))) PyObject* neuronjit_front_end(
+    PyObject* by_python, PyObject* explain) {
   try {
     in_python = by_python, gone = explain;
     Py_INCREF(in_python), Py_INCREF(gone);

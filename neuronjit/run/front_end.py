@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import settings
 from ..cache import store
+from ..cache.folders import Untrusted
 from ..errors import BackendError, CompileError
 from ..kernels import build
 from ..settings import no_compile, warn_once
@@ -76,7 +77,7 @@ def _loaded(in_python: Callable[..., Any], gone: Callable[..., Any]) -> Mapping[
         if _functions is None:
             try:
                 _functions = _load(in_python, gone)
-            except (BackendError, CompileError, OSError) as error:
+            except (BackendError, CompileError, OSError, Untrusted) as error:
                 _functions = {}
                 text = f"neuronjit's front end stays in Python: {error}"
                 warn_once("front end", text, UserWarning)
