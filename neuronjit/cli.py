@@ -199,6 +199,7 @@ def _prebuild(args: argparse.Namespace) -> int:
     data |= {"failed": len(failed), "lost": len(lost), "seconds": round(seconds, 3)}
     data |= {"bytes": sum(there.get(key, 0) for key in keys), "directory": user_dir()}
     words = "{compiled} kernels compiled in {seconds:.1f} s, {loaded} were there, {failed} failed"
+    words += ", and the front end is there" if args.front_end else ""
     say(args.json, data, f"{words.format(**data)}; together {in_bytes(data['bytes'])}")
     return FOUND if failed or lost or not built else 0
 

@@ -277,9 +277,9 @@ def can_fuse(kind: type) -> bool:
 def look(module: torch.nn.Module) -> Row | str | None:
     """The row of a node that can be swapped, why a neuron cannot be, or None: it is no neuron."""
     kind = type(module)
-    if not classes.family(kind, _NEURONS):
-        return None
     names = [base.__name__ for base in classes.family(kind, _NEURONS)]
+    if not names:
+        return None
     named = next((name for name in names if name in NODES or name in _REASONS), None)
     if named in _REASONS:
         return _REASONS[named]

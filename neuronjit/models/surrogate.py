@@ -50,6 +50,7 @@ class Surrogate(Immutable):
     _advice = "surrogates are immutable; call one to get another, e.g. ATan(alpha=3.0)"
     _identity: tuple[Any, ...]
     _hash: int
+    _shared: tuple[str, ...]  # the names of what all numbers of one form have in common
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class Surrogate(Immutable):
             raise SpecError(f"surrogate '{name}': {reason}")
         readable = {"u", *names}
         identity = (name, derivative, primitive, tuple(names))
-        self._keep(
+        form = dict(
             name=name,
             derivative=derivative,
             primitive=primitive,
@@ -81,6 +82,8 @@ class Surrogate(Immutable):
             _identity=identity,
             _hash=hash(identity),
         )
+        # `__call__` hands them on
+        self._keep(**form, _shared=(*form, "_shared"))
         self._set(dict.fromkeys(names, 0.0), params or {}, spiking)
 
     def _set(self, numbers: dict[str, float], params: Mapping[str, Any], spiking: bool) -> None:
@@ -101,7 +104,7 @@ class Surrogate(Immutable):
         )
 
     def _keep(self, **attributes: Any) -> None:
-        """While the object is made. Dynamo of torch before 2.12 follows no `__dict__.update`."""
+        """While the object is made. Dynamo of torch 2.11 follows no `__dict__.update`."""
         for name, value in attributes.items():
             object.__setattr__(self, name, value)
 
@@ -113,7 +116,7 @@ class Surrogate(Immutable):
         if numbers:
             params = self._in_order(numbers, params)
         other = object.__new__(Surrogate)
-        other._keep(**{name: getattr(self, name) for name in _FORM})
+        other._keep(**{name: getattr(self, name) for name in self._shared})
         other._set(dict(self.params), params, self.spiking if spiking is None else spiking)
         return other
 
@@ -177,13 +180,6 @@ class Surrogate(Immutable):
         if self.primitive_tree:
             lines.append((r"\mathrm{primitive}", "=", to_latex(self.primitive_tree)))
         return f"**{self}**\n\n$$\n{aligned(lines)}\n$$"
-
-
-# what surrogates of one form share, whatever their numbers
-_FORM = (
-    "name", "derivative", "primitive", "derivative_tree", "primitive_tree", "form", "token",
-    "_identity", "_hash",
-)  # fmt: skip
 
 
 def _unpickle(form: tuple[Any, ...], params: dict[str, float], spiking: bool) -> Surrogate:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import sys
-import sysconfig
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -110,6 +109,8 @@ def entry() -> store.Entry:
     Raises BackendError where there is neither an entry nor a compiler, CompileError where that
     fails.
     """
+    import sysconfig  # not while neuronjit is imported
+
     cpu = _cpu()
     arch = cpu.arch()
     source = Path(__file__).with_suffix(".cpp").read_text("ascii")

@@ -88,7 +88,7 @@ def note(call: Call, spikes: Tensor) -> None:
         return
     known = _known[spikes.untyped_storage()] = _Spikes(spikes)
     node: Any = spikes.grad_fn
-    if node is not None:
+    if node is not None and spikes.output_nr == 0:  # what `_is_copy_of_spikes` relies on
         node.metadata[_KEY] = known
 
 

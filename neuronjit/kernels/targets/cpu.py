@@ -233,13 +233,17 @@ class Kernel:
 
     def launch(self, packed: bytes, grid: Grid, n: int, steps: int) -> None:
         """Run the kernel on torch's number of threads. `packed` is the argument struct."""
-        threads = torch.get_num_threads() if n * steps >= _PARALLEL_FROM and not forked else 1
+        threads = torch.get_num_threads() if _is_parallel(n, steps) and not forked else 1
         self._function(packed, threads)
 
     def raw(self, n: int, steps: int) -> Raw:
         """The function's address; threads after a fork (`forked`) are the caller's to avoid."""
         address = ctypes.cast(self._function, ctypes.c_void_p).value or 0
-        return Raw(address, 1, n * steps >= _PARALLEL_FROM)
+        return Raw(address, 1, _is_parallel(n, steps))
+
+
+def _is_parallel(n: int, steps: int) -> bool:
+    return n * steps >= _PARALLEL_FROM
 
 
 def _is_fork() -> bool:
