@@ -794,6 +794,28 @@ def test_fused_networks_train_as_spikingjellys(device: str) -> None:
     assert_equal(exact_losses(ours.train(), x, 2), exact_losses(theirs.train(), x, 2))
 
 
+@pytest.mark.parametrize("kind", ["GatedLIFNode", "ActivationAwareIFNode"])
+def test_nodes_whose_input_is_made_ready_keep_their_norms_apart(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch norm in their kernels would come after what is done to the input."""
+    from spikingjelly.activation_based import layer, neuron
+
+    monkeypatch.setenv("NEURONJIT_BACKEND", "eager")
+    monkeypatch.setattr(batch_norm, "_pays", lambda x: True)
+    torch.manual_seed(0)
+    node = neuron.GatedLIFNode(T, 3) if kind == "GatedLIFNode" else getattr(neuron, kind)()
+    theirs = torch.nn.Sequential(layer.BatchNorm2d(3, step_mode="m"), node.train())
+    node.step_mode = "m"
+    ours = copy.deepcopy(theirs)
+    (told,) = nj.accelerate(ours, fuse=True).accelerated
+    assert told.norm is None
+    assert told.apart is not None
+    assert nj.nn.fuse(ours) == 0
+    x = inputs((T, 2, 3, 4, 5))
+    assert torch.equal(ours(x), theirs(x))
+
+
 def test_fused_nodes_in_single_steps_copies_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     from spikingjelly.activation_based import functional
 
