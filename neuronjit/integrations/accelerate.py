@@ -17,10 +17,10 @@ from torch.nn import Module
 
 from ..errors import AccelerationError, InputTypeError
 from ..nn.batch_norm import fusable, join, part
-from . import norse, snntorch, spikingjelly
+from . import classes, norse, snntorch, spikingjelly
 from .proof import Proof, prove
 
-# each: PACKAGE, TESTED (its version), NODES, known, look, describe, Methods
+# each: PACKAGE, TESTED (its version), FAMILY (of its modules), NODES, look, describe, Methods
 LIBRARIES = (spikingjelly, snntorch, norse)
 
 
@@ -235,10 +235,10 @@ def _again(origin: type) -> Any:
 def swapped(origin: type) -> type:
     """The subclass of a neuron's class that runs on our kernels."""
     for library in LIBRARIES:
-        if (known := library.known(origin)) is not None:
+        if base := classes.known(origin, library.FAMILY, library.NODES):
             names = ("__module__", "__qualname__", "__doc__")
             own = {name: getattr(origin, name) for name in names}
-            own |= dict(_neuronjit=library.NODES[known.__name__], _neuronjit_library=library)
+            own |= dict(_neuronjit=library.NODES[base.__name__], _neuronjit_library=library)
             bases = (_Swapped, library.Methods, origin)
             return type(origin.__name__, bases, {**own, "_neuronjit_origin": origin})
     raise AccelerationError(f"{origin.__name__} is no neuron that is known")

@@ -23,7 +23,7 @@ from ..settings import warn_once
 from . import classes
 
 PACKAGE, TESTED = "norse", "1.1.0"
-_FAMILY = "norse.torch.module."
+FAMILY = "norse.torch.module."
 _NEURONS = ("SNN", "SNNCell", "SNNRecurrent", "SNNRecurrentCell")
 
 
@@ -144,17 +144,12 @@ _SURROGATES: dict[str, Callable[[float], Surrogate]] = {
 _DYNAMICS = ("__call__", "forward")
 
 
-def known(kind: type) -> type | None:
-    """Norse's class, of which there is a row, that this one is or was derived from."""
-    return classes.known(kind, _FAMILY, NODES)
-
-
 def look(module: torch.nn.Module) -> Row | str | None:
     """The row of a module that can be swapped, why it cannot be, or None: it is no neuron."""
     kind = type(module)
-    if not any(base.__name__ in _NEURONS for base in classes.family(kind, _FAMILY)):
+    if not any(base.__name__ in _NEURONS for base in classes.family(kind, FAMILY)):
         return None
-    base = known(kind)
+    base = classes.known(kind, FAMILY, NODES)
     if base is None:
         why = "it is recurrent" if "Recurrent" in kind.__name__ else "no equations for it"
         return f"{why}; there are some for {', '.join(NODES)}"

@@ -23,7 +23,7 @@ from ..settings import warn_once
 from . import classes
 
 PACKAGE, TESTED = "snntorch", "1.0.0"
-_FAMILY = "snntorch._neurons."
+FAMILY = "snntorch._neurons."
 _NEURONS = ("SpikingNeuron", "LeakyParallel", "LeakyKernel")  # what its neurons derive from, or are
 
 
@@ -188,7 +188,7 @@ def _slope(given: FunctionType) -> Surrogate:
     """Ours for a closure that a function of snntorch.surrogate returned."""
     # a function's globals are those of the module that defined it; names can be set by anybody
     home = given.__globals__.get("__name__")
-    if home == f"{_FAMILY}neurons" and given.__name__ == "_surrogate_bypass":
+    if home == f"{FAMILY}neurons" and given.__name__ == "_surrogate_bypass":
         return _NO_SLOPE
     maker = given.__qualname__.partition(".")[0]
     if home != "snntorch.surrogate" or maker not in _SURROGATES:
@@ -216,17 +216,12 @@ _DYNAMICS = (
 )  # fmt: skip
 
 
-def known(kind: type) -> type | None:
-    """snnTorch's class, of which there is a row, that this one is or was derived from."""
-    return classes.known(kind, _FAMILY, NODES)
-
-
 def look(module: torch.nn.Module) -> Row | str | None:
     """The row of a neuron that can be swapped, why it cannot be, or None: it is no neuron."""
     kind = type(module)
-    if not any(base.__name__ in _NEURONS for base in classes.family(kind, _FAMILY)):
+    if not any(base.__name__ in _NEURONS for base in classes.family(kind, FAMILY)):
         return None
-    base = known(kind)
+    base = classes.known(kind, FAMILY, NODES)
     if base is None:
         return f"no equations for it; there are some for {', '.join(NODES)}"
     if not hasattr(module, "state_function") or not hasattr(module, "graded_spikes_factor"):
@@ -271,7 +266,7 @@ def _wiring(node: Any, row: Row) -> str:
     if "spk" not in row.states:
         return _NONE
     kind = type(node.recurrent)
-    own = kind.__name__ == "RecurrentOneToOne" and kind.__module__.startswith(_FAMILY)
+    own = kind.__name__ == "RecurrentOneToOne" and kind.__module__.startswith(FAMILY)
     return _ONE if own else _ALL
 
 

@@ -26,7 +26,7 @@ from ..surrogates import StraightThrough, as_surrogate
 from . import classes
 
 PACKAGE, TESTED = "spikingjelly", "2.0.0"
-_NEURONS = ("spikingjelly.activation_based.neuron", "spikingjelly.clock_driven.neuron")
+FAMILY = ("spikingjelly.activation_based.neuron", "spikingjelly.clock_driven.neuron")
 _PRECISION = "its neuron precision is set, which SpikingJelly's own kernels serve"
 
 
@@ -263,27 +263,22 @@ _DYNAMICS = (
 )  # fmt: skip
 
 
-def known(kind: type) -> type | None:
-    """SpikingJelly's class, of which there is a row, that this one is or was derived from."""
-    return classes.known(kind, _NEURONS, NODES)
-
-
 def can_fuse(kind: type) -> bool:
     """Whether kernels of this node take x as it is, so that a batch norm can stand before it."""
-    base = known(kind)
+    base = classes.known(kind, FAMILY, NODES)
     return base is not None and NODES[base.__name__].fit is None
 
 
 def look(module: torch.nn.Module) -> Row | str | None:
     """The row of a node that can be swapped, why a neuron cannot be, or None: it is no neuron."""
     kind = type(module)
-    names = [base.__name__ for base in classes.family(kind, _NEURONS)]
+    names = [base.__name__ for base in classes.family(kind, FAMILY)]
     if not names:
         return None
     named = next((name for name in names if name in NODES or name in _REASONS), None)
     if named in _REASONS:
         return _REASONS[named]
-    base = known(kind)
+    base = classes.known(kind, FAMILY, NODES)
     if base is None:
         return f"no equations for it; there are some for {', '.join(NODES)}"
     if not hasattr(base, "single_step_functional_forward"):
