@@ -1087,6 +1087,7 @@ def test_a_node_changed_later_goes_back_to_spikingjelly() -> None:
     with pytest.warns(UserWarning, match="an accelerated LIFNode itself: unknown surrogate 'Own'"):
         got = ours(x)
     assert_same_bits(got, theirs(x), "spikes")
+    assert "SpikingJelly again: unknown surrogate 'Own'" in str(nj.accelerate(ours))
     ours.surrogate_function = theirs.surrogate_function = surrogate.ATan()
     compare(theirs, ours, x)
 

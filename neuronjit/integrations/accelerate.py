@@ -15,12 +15,12 @@ from typing import Any
 
 from torch.nn import Module
 
-from ..errors import AccelerationError, InputTypeError
+from ..errors import AccelerationError, InputTypeError, NeuronJitError
 from ..nn.batch_norm import fusable, join, part
 from . import classes, norse, snntorch, spikingjelly
 from .proof import Proof, prove
 
-# each: PACKAGE, TESTED (its version), FAMILY (of its modules), NODES, look, describe, Methods
+# each: NAME, PACKAGE, TESTED (its version), FAMILY (of its modules), NODES, look, describe, Methods
 LIBRARIES = (spikingjelly, snntorch, norse)
 
 
@@ -147,11 +147,11 @@ def _find(model: Module) -> Iterator[tuple[Layer, Any, bool]]:
         kind = type(module).__name__
         if isinstance(module, _Swapped):
             library = module._neuronjit_library
-            yield (
-                Layer(path, kind, library.describe(module, module._neuronjit), None),
-                library,
-                False,
-            )
+            try:
+                how = library.describe(module, module._neuronjit)
+            except NeuronJitError as error:  # it was changed since it was swapped
+                how = f"{library.NAME} again: {error}"
+            yield Layer(path, kind, how, None), library, False
             continue
         for library in LIBRARIES:
             row = library.look(module)

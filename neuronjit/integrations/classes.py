@@ -6,6 +6,11 @@ from collections.abc import Container, Iterable
 
 import torch
 
+from ..models.surrogate import Surrogate
+from ..settings import warn_once
+
+NO_SLOPE = Surrogate("Heaviside", "0")  # of what no gradient passes
+
 
 def family(kind: type, package: str | tuple[str, ...]) -> list[type]:
     """The class and those that it was derived from, as far as they are the package's."""
@@ -26,3 +31,15 @@ def own_dynamics(module: torch.nn.Module, base: type, methods: Iterable[str]) ->
         if getattr(kind, name, None) is not getattr(base, name, None) or name in vars(module)
     ]
     return f"dynamics of its own: {kind.__name__} overrides {', '.join(own)}" if own else None
+
+
+def shown(surrogate: Surrogate) -> str:
+    """The name of a surrogate and its numbers, for a report."""
+    return f"{surrogate.name}({', '.join(f'{value:g}' for value in surrogate.values)})"
+
+
+def warn_left(module: torch.nn.Module, library: str, error: Exception) -> None:
+    """Warn once that the library runs an accelerated module itself, and why."""
+    kind = type(module).__name__
+    text = f"{library} runs an accelerated {kind} itself: {error}"
+    warn_once(("left", kind, str(error)), text, UserWarning)

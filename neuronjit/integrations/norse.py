@@ -19,10 +19,10 @@ from ..errors import InputTypeError, NeuronJitError, SpecError
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
 from ..run.autograd import multistep
-from ..settings import warn_once
 from . import classes
+from .classes import NO_SLOPE
 
-PACKAGE, TESTED = "norse", "1.1.0"
+NAME, PACKAGE, TESTED = "Norse", "norse", "1.1.0"
 FAMILY = "norse.torch.module."
 _NEURONS = ("SNN", "SNNCell", "SNNRecurrent", "SNNRecurrentCell")
 
@@ -118,7 +118,6 @@ NODES |= {f"{name}Cell": row for name, row in NODES.items()}
 NODES["LIBoxCell"] = Row("li_box_feed_forward_step", _li_box)
 NODES["LIFBoxCell"] = Row("lif_box_feed_forward_step", lambda: neurons.NORSE_LIF_BOX)
 
-_NO_SLOPE = Surrogate("Heaviside", "0")
 _TRIANGLE = Surrogate("Triangle", "alpha * relu(1 - abs(u))", None, dict(alpha=0.3))
 _CIRC = Surrogate(
     "Circ",
@@ -131,7 +130,7 @@ _RESETS = {"reset_value": "hard", "reset_subtract": "soft"}  # p.reset_method, w
 # by p.method, for p.alpha; "super" has a fixed slope in 1.1.0
 _SURROGATES: dict[str, Callable[[float], Surrogate]] = {
     "super": lambda alpha: surrogates.SuperSpike(1.0),
-    "heaviside": lambda alpha: _NO_SLOPE,
+    "heaviside": lambda alpha: NO_SLOPE,
     "triangle": _TRIANGLE,
     "tanh": surrogates.Tanh,
     "circ": _CIRC,
@@ -165,12 +164,8 @@ def look(module: torch.nn.Module) -> Row | str | None:
 
 def describe(module: Any, row: Row) -> str:
     """What runs in the module's place."""
-    try:
-        model, surrogate, reset, _ = _read(module, row)
-    except NeuronJitError as error:  # it was changed since it was swapped
-        return f"Norse again: {error}"
-    numbers = ", ".join(f"{value:g}" for value in surrogate.values)
-    return f"{model.name}, {reset} reset, {surrogate.name}({numbers})"
+    model, surrogate, reset, _ = _read(module, row)
+    return f"{model.name}, {reset} reset, {classes.shown(surrogate)}"
 
 
 def _read(module: Any, row: Row) -> tuple[NeuronModel, Surrogate, str, dict[str, Any]]:
@@ -182,7 +177,7 @@ def _read(module: Any, row: Row) -> tuple[NeuronModel, Surrogate, str, dict[str,
     model = row.model()
     fields = {name: "v_th" if name == "v_threshold" else name for name in model.params}
     params = {name: getattr(p, field) for name, field in fields.items() if hasattr(p, field)}
-    surrogate = _NO_SLOPE  # of what does not spike
+    surrogate = NO_SLOPE  # of what does not spike
     if hasattr(p, "method"):
         if p.method not in _SURROGATES:
             raise SpecError(f"unknown method {p.method!r}; known: {', '.join(_SURROGATES)}")
@@ -237,12 +232,7 @@ class Methods:
                 **{name: _on(device, value) for name, value in params.items()},
             )
         except (SpecError, InputTypeError) as error:
-            name = type(module).__name__
-            warn_once(
-                ("left", name, str(error)),
-                f"Norse runs an accelerated {name} itself: {error}",
-                UserWarning,
-            )
+            classes.warn_left(module, NAME, error)
             return super().forward(input_tensor, start)  # type: ignore[misc]
         last = out.record if recorded else out.state
         states = type(start)(**{name: last[name] for name in model.state})

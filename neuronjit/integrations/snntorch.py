@@ -19,10 +19,9 @@ from ..errors import InputTypeError, NeuronJitError, SpecError
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
 from ..run.autograd import Output, multistep
-from ..settings import warn_once
 from . import classes
 
-PACKAGE, TESTED = "snntorch", "1.0.0"
+NAME, PACKAGE, TESTED = "snnTorch", "snntorch", "1.0.0"
 FAMILY = "snntorch._neurons."
 _NEURONS = ("SpikingNeuron", "LeakyParallel", "LeakyKernel")  # what its neurons derive from, or are
 
@@ -163,7 +162,6 @@ _SFS = Surrogate(
     dict(slope=25.0, B=1.0),
 )
 _STEP = Surrogate("Heaviside", "where(u > 0, 1, 0)")
-_NO_SLOPE = Surrogate("Heaviside", "0")  # surrogate_disable=True
 # by the functions of snntorch.surrogate that make them: ours, and the names of their numbers there
 _SURROGATES: dict[str, tuple[Surrogate, tuple[str, ...]]] = {
     "atan": (surrogates.ATan, ("alpha",)),
@@ -189,7 +187,7 @@ def _slope(given: FunctionType) -> Surrogate:
     # a function's globals are those of the module that defined it; names can be set by anybody
     home = given.__globals__.get("__name__")
     if home == f"{FAMILY}neurons" and given.__name__ == "_surrogate_bypass":
-        return _NO_SLOPE
+        return classes.NO_SLOPE  # surrogate_disable=True
     maker = given.__qualname__.partition(".")[0]
     if home != "snntorch.surrogate" or maker not in _SURROGATES:
         known = ", ".join(_SURROGATES)
@@ -237,12 +235,8 @@ def look(module: torch.nn.Module) -> Row | str | None:
 
 def describe(module: Any, row: Row) -> str:
     """What runs in the neuron's place."""
-    try:
-        model, surrogate = _read(module, row)
-    except NeuronJitError as error:  # it was changed since it was swapped
-        return f"snnTorch again: {error}"
-    numbers = ", ".join(f"{value:g}" for value in surrogate.values)
-    return f"{model.name}, {surrogate.name}({numbers})"
+    model, surrogate = _read(module, row)
+    return f"{model.name}, {classes.shown(surrogate)}"
 
 
 def _read(node: Any, row: Row) -> tuple[NeuronModel, Surrogate]:
@@ -356,12 +350,7 @@ class Methods:
         try:
             out = _run(node, row, input_.unsqueeze(0), args, kwargs)
         except (SpecError, InputTypeError) as error:
-            name = type(node).__name__
-            warn_once(
-                ("left", name, str(error)),
-                f"snnTorch runs an accelerated {name} itself: {error}",
-                UserWarning,
-            )
+            classes.warn_left(node, NAME, error)
             return super().forward(input_, *args, **kwargs)  # type: ignore[misc]
         # float32 as snnTorch's, whatever the input's dtype; no view, where it is a state as well
         spikes = (node.spk if "spk" in row.states else out.spikes[0]).float()

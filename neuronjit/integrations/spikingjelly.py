@@ -21,11 +21,10 @@ from ..errors import NeuronJitError, SpecError
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
 from ..run.autograd import Output, multistep, note_carried
-from ..settings import warn_once
 from ..surrogates import StraightThrough, as_surrogate
 from . import classes
 
-PACKAGE, TESTED = "spikingjelly", "2.0.0"
+NAME, PACKAGE, TESTED = "SpikingJelly", "spikingjelly", "2.0.0"
 FAMILY = ("spikingjelly.activation_based.neuron", "spikingjelly.clock_driven.neuron")
 _PRECISION = "its neuron precision is set, which SpikingJelly's own kernels serve"
 
@@ -169,9 +168,6 @@ def _ternary(decay_input: bool | None, soft: bool, detach_reset: bool) -> Neuron
     )
 
 
-_NO_SLOPE = Surrogate("Heaviside", "0")
-
-
 def _clif(node: Any) -> NeuronModel:
     if node.store_state_seqs:
         raise SpecError("store_state_seqs=True, and kernels store v alone")
@@ -179,8 +175,8 @@ def _clif(node: Any) -> NeuronModel:
 
 
 def _clif_surrogate(node: Any) -> Surrogate:
-    ours = _surrogate(node)
-    return ours if node.training or not ours.spiking else _NO_SLOPE  # as the node in eval mode
+    ours = _surrogate(node)  # in eval mode the node has none
+    return ours if node.training or not ours.spiking else classes.NO_SLOPE
 
 
 def _lif(node: Any) -> NeuronModel:
@@ -292,12 +288,11 @@ def look(module: torch.nn.Module) -> Row | str | None:
 def describe(module: Any, row: Row) -> str:
     """What runs in the node's place."""
     surrogate = row.surrogate(module)
-    numbers = ", ".join(f"{value:g}" for value in surrogate.values)
     smooth = "" if surrogate.spiking else ", not spiking"
     model = row.model(module)
     reset = "own" if model.own_reset else "soft" if module.v_reset is None else "hard"
     then = ", its activation in single steps" if row.analog else ""
-    return f"{model.name}, {reset} reset, {surrogate.name}({numbers}){smooth}{then}"
+    return f"{model.name}, {reset} reset, {classes.shown(surrogate)}{smooth}{then}"
 
 
 def _why_not(node: Any, row: Row) -> str | None:
@@ -376,17 +371,13 @@ class Methods:
                 x_seq, fitted = row.fit(node, x_seq)
                 given.update(fitted)
         except NeuronJitError as error:
-            name = type(node).__name__
             if node._norm is not None:
                 raise SpecError(
-                    f"a {name} was changed, and SpikingJelly's runs without the batch norm that is"
-                    f" fused into it: {error}; call neuronjit.nn.unfuse(net) first"
+                    f"a {type(node).__name__} was changed, and SpikingJelly's runs without the"
+                    f" batch norm that is fused into it: {error}; call neuronjit.nn.unfuse(net)"
+                    " first"
                 ) from None
-            warn_once(
-                ("left", name, str(error)),
-                f"SpikingJelly runs an accelerated {name} itself: {error}",
-                UserWarning,
-            )
+            classes.warn_left(node, NAME, error)
             return None
         if not is_compiling():
             for state in states:
