@@ -143,10 +143,10 @@ def _changed(directory):
     if platform.machine() != "x86_64":
         return
     archs = set()
-    for features in (set(), *itertools.accumulate(reversed(cpu._X86_LEVELS.values()), set.union)):
+    for features in itertools.accumulate(reversed(cpu._X86_LEVELS.values()), set.union):
         with patched(cpu, _cpu_flags=lambda features=features: frozenset(features)):
             archs.add(cpu.arch.__wrapped__())
-    yield "CPU features", len(archs) == 1 + len(cpu._X86_LEVELS)
+    yield "CPU features", len(archs) == len(cpu._X86_LEVELS)
 
 
 if __name__ == "__main__":

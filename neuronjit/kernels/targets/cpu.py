@@ -55,6 +55,7 @@ _X86_LEVELS = {
     "x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
     "x86-64-v3": {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"},
     "x86-64-v2": {"cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"},
+    "x86-64": set[str](),
 }
 _MACHINES = {"aarch64": 183, "arm64": 183, "ppc64le": 21, "riscv64": 243, "loongarch64": 258}  # ELF
 _VERSION_TIMEOUT_S = 20.0
@@ -110,31 +111,30 @@ def _cpu_flags() -> frozenset[str]:
 @cache
 def arch(device: int = 0) -> str:
     """What kernels are compiled for here, e.g. "x86-64-v3": levels, so that hosts can share."""
+    return next(name for name in _known() if _features(name) <= _cpu_flags())
+
+
+def _known() -> list[str]:
+    """The architectures of machines such as this one, the newest first."""
     machine = platform.machine().lower()
-    if machine not in ("x86_64", "amd64"):
-        return machine
-    return next((level for level in _X86_LEVELS if runs_here(level)), "x86-64")
+    return [*_X86_LEVELS] if machine in ("x86_64", "amd64") else [machine]
 
 
-def runs_here(name: str) -> bool:
-    """Whether this CPU has all the features of the level (each level includes those below it)."""
-    levels = list(_X86_LEVELS)
-    included = [] if name == "x86-64" else levels[levels.index(name) :]
-    return all(_X86_LEVELS[level] <= _cpu_flags() for level in included)
+def _features(name: str) -> set[str]:
+    """What a CPU needs for kernels of this architecture: a level includes those below it."""
+    return set().union(*(_X86_LEVELS.get(level, ()) for level in serving(name)))
 
 
 def serving(arch: str) -> list[str]:
     """The architectures whose kernels run on this one, the best first."""
-    levels = [*_X86_LEVELS, "x86-64"]
+    levels = [*_X86_LEVELS]
     return levels[levels.index(arch) :] if arch in levels else [arch]
 
 
 def check_arch(name: str, *, recorded: bool = False) -> str:
     """`name` if kernels for it can be compiled here. Raises SpecError."""
-    machine = platform.machine().lower()
-    allowed = [*_X86_LEVELS, "x86-64"] if machine in ("x86_64", "amd64") else [machine]
-    if name not in allowed:
-        raise SpecError(f"unknown CPU architecture {ascii(name)[:80]}. {known(allowed)}")
+    if name not in _known():
+        raise SpecError(f"unknown CPU architecture {ascii(name)[:80]}. {known(_known())}")
     return name
 
 
