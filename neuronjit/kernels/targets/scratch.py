@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+from ...cache.entries import MAX_ENTRY
 from ...cache.folders import Folder, Untrusted, opened, user_dir
 from ...settings import env, warn_once
 
@@ -25,7 +26,6 @@ TIMEOUT_S = 600.0  # of one run of a compiler
 STALE_S = 2 * TIMEOUT_S  # a folder this old belongs to a process that is dead
 _NAME = re.compile(r"neuronjit-[0-9a-f]{32}")
 _WORDS = 100_000  # bytes of a compiler's words that are kept
-_LARGEST = 64 << 20  # bytes of a binary that are read: no cache keeps a larger one
 
 
 def _places() -> list[str]:
@@ -101,7 +101,7 @@ def read(folder: Folder, name: str) -> bytes:
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(f"{name} is no file")
-        return file.read(_LARGEST)
+        return file.read(MAX_ENTRY)  # no cache keeps a larger one
 
 
 def run(
