@@ -124,7 +124,9 @@ def _obtain(spec: KernelSpec, arch: str, use: Callable[[bytes], Used]) -> tuple[
         entry = (store.load(key) if key else None) or _find(spec, arch)
         if entry is None:
             missing = MissingKernelError if no_compile() else BackendError
-            raise missing(f"{lacking}\n{_missing(spec, arch)}")
+            what = f"No cache holds kernel {spec.symbol} (target {spec.target}, {arch})."
+            cure = f"Where there is a compiler, run: {manifest.command(spec, arch)}"
+            raise missing(f"{lacking}\n{what} {cure}")
     result = used[0] if used else use(entry.binary)
     with _lock:
         _counts["compiled" if compiled else "loaded"] += 1
@@ -166,16 +168,8 @@ def version() -> str:
     return f"{package.__version__}+{spec._renderer()[:12]}"
 
 
-def _missing(spec: KernelSpec, arch: str) -> str:
-    return (
-        f"No cache holds kernel {spec.symbol} (target {spec.target}, {arch}). Where there is a"
-        f" compiler, run: {manifest.command(spec, arch)}"
-    )
-
-
 def _meta(spec: KernelSpec, arch: str, fingerprint: dict[str, str]) -> dict[str, Any]:
     return {
-        "spec": spec.symbol,
         "symbol": spec.symbol,
         "request": spec.request,
         "target": spec.target,
