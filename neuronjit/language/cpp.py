@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Container
 
 from .functions import is_call
-from .tree import Node, name, number, small_power
+from .tree import COMPARISONS, Node, name, number, small_power
 
-COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
 _PRECEDENCE = {
     "||": 0,
     "&&": 1,
@@ -117,8 +116,7 @@ def fast_divisions(
 
 def functions(node: Node) -> set[Node]:
     """Every call of a function, and every power, within an expression."""
-    found = set().union(*(functions(arg) for arg in node.args))
-    return found | {node} if is_call(node) else found
+    return {within for within in node.walk() if is_call(within)}
 
 
 def kept_of(divisor: Node) -> str:
@@ -128,7 +126,5 @@ def kept_of(divisor: Node) -> str:
 
 def divided_by(node: Node) -> set[str]:
     """Every name that something is divided by."""
-    found = set().union(*(divided_by(arg) for arg in node.args))
-    if node.op == "/" and node.args[1].op == "name":
-        found.add(str(node.args[1].value))
-    return found
+    divisors = [within.args[1] for within in node.walk() if within.op == "/"]
+    return {str(divisor.value) for divisor in divisors if divisor.op == "name"}

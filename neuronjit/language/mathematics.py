@@ -10,14 +10,14 @@ import math
 import re
 from collections.abc import Iterable
 
-from .tree import Node
+from .tree import COMPARISONS, Node
 
 # how strongly an operation binds its arguments; a name binds most
 _BINDS = {
     "||": 1,
     "&&": 2,
     "!": 3,
-    **dict.fromkeys(("<", "<=", ">", ">=", "==", "!="), 4),
+    **dict.fromkeys(COMPARISONS, 4),
     "+": 5,
     "-": 5,
     "*": 6,

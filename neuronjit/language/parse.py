@@ -331,8 +331,9 @@ def _convert(
                 trees = [convert(a, deeper, where and i == 0) for i, a in enumerate(args)]
                 if written := FUNCTIONS[f].written:
                     # it reads its arguments more than once: large ones get names
-                    named = (part(t) if part and _size(t) > MAX_COPIED else t for t in trees)
-                    return written(*named)
+                    sizes = [len([*tree.walk()]) for tree in trees]
+                    named = zip(trees, sizes, strict=True)
+                    return written(*(part(t) if part and n > MAX_COPIED else t for t, n in named))
                 return Node(f, tuple(trees))
             case ast.Call(func=ast.Name(id=f)):
                 meant = "" if f in FUNCTIONS else nearest(f, FUNCTIONS)
@@ -358,10 +359,6 @@ def _convert(
         return tree
 
     return convert(root, 0)
-
-
-def _size(tree: Node) -> int:
-    return 1 + sum(map(_size, tree.args))
 
 
 def _negates(node: ast.expr) -> bool:

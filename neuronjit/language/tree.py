@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
 _PART = re.compile(r"(\w+)_\d+_", re.ASCII)  # no name of the equations ends in _
 
 
@@ -22,11 +23,15 @@ class Node:
         height = 1 + max((arg.height for arg in self.args), default=0)
         object.__setattr__(self, "height", height)
 
+    def walk(self) -> Iterator[Node]:
+        """The expression and every one within it."""
+        yield self
+        for arg in self.args:
+            yield from arg.walk()
+
     def names(self) -> set[str]:
         """Every name that the expression reads."""
-        if self.op == "name":
-            return {str(self.value)}
-        return set().union(*(arg.names() for arg in self.args))
+        return {str(node.value) for node in self.walk() if node.op == "name"}
 
     def substitute(self, names: Mapping[str, Node]) -> Node:
         """The same expression with some names replaced."""

@@ -135,8 +135,8 @@ def _terms_of_model(model: NeuronModel) -> int:
 
 def terms(tree: Node) -> int:
     """Return how many operations there are in a tree; a function that is a page of code is 8."""
-    long = tree.op in OPERATIONS and OPERATIONS[tree.op].long
-    return (_TERMS_OF_FUNCTION if long else 1) + sum(map(terms, tree.args))
+    long = {op for op, operation in OPERATIONS.items() if operation.long}
+    return sum(_TERMS_OF_FUNCTION if node.op in long else 1 for node in tree.walk())
 
 
 def debug(line: str, source: str = "", suffix: str = "") -> None:
