@@ -17,7 +17,7 @@ from dataclasses import fields
 from typing import Any
 
 from .. import neurons, settings, surrogates
-from ..errors import NeuronJitError, SpecError, expect
+from ..errors import NeuronJitError, SpecError, expect, expect_fields
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
 from ..settings import warn_once
@@ -83,6 +83,10 @@ def read(path: str) -> list[tuple[KernelSpec, str]]:
     return list(found)
 
 
+# the types of a spec's fields, as JSON has them; models and surrogates check theirs themselves
+_IN_JSON = {"str": str, "bool": bool, "int": int, "tuple[str, ...]": list}
+
+
 def to_json(spec: KernelSpec) -> dict[str, Any]:
     """The spec as JSON. Built-in models and surrogates by name, others in full."""
     data: dict[str, Any] = {f.name: getattr(spec, f.name) for f in fields(KernelSpec)}
@@ -103,20 +107,11 @@ def from_json(data: Mapping[str, Any]) -> KernelSpec:
 
     Types are checked here, because JSON brings any; all rules of a spec are KernelSpec's own.
     """
-    names = {f.name for f in fields(KernelSpec)}
-    if data.keys() != names:
-        odd = sorted(map(str, data.keys() ^ names))
-        raise SpecError(f"these fields are missing or unknown: {ascii(odd)[:200]}")
-    given = dict(data)
-    given["model"] = _model(given["model"])
-    given["surrogate"] = _surrogate(given["surrogate"])
-    for field in ("target", "direction", "dtype", "reset"):
-        expect(given[field], str, field)
-    for field in ("spiking", "detach_reset", "by_channel", "prefetch"):
-        expect(given[field], bool, field)
-    for field in ("per_neuron", "per_step", "learned", "record", "arriving"):
-        given[field] = tuple(expect(given[field], list, field))
-    return KernelSpec(**given)
+    kinds = {f.name: _IN_JSON.get(str(f.type), type(data.get(f.name))) for f in fields(KernelSpec)}
+    given = expect_fields(data, kinds, "a kernel")
+    lists = {field: tuple(given[field]) for field, kind in kinds.items() if kind is list}
+    whole = {"model": _model(given["model"]), "surrogate": _surrogate(given["surrogate"])}
+    return KernelSpec(**{**given, **lists, **whole})
 
 
 def command(spec: KernelSpec, arch: str) -> str:
