@@ -90,15 +90,9 @@ _IN_JSON = {"str": str, "bool": bool, "int": int, "tuple[str, ...]": list}
 def to_json(spec: KernelSpec) -> dict[str, Any]:
     """The spec as JSON. Built-in models and surrogates by name, others in full."""
     data: dict[str, Any] = {f.name: getattr(spec, f.name) for f in fields(KernelSpec)}
-    model, surrogate = spec.model, spec.surrogate
-    if _is_built_in(neurons.by_name, model):
-        data["model"] = model.name
-    else:
-        data["model"] = model.to_dict()
-    if surrogate and _is_built_in(surrogates.by_name, surrogate):
-        data["surrogate"] = surrogate.name
-    elif surrogate:
-        data["surrogate"] = surrogate.to_dict()
+    for field, by_name in (("model", neurons.by_name), ("surrogate", surrogates.by_name)):
+        if given := data[field]:
+            data[field] = given.name if _is_built_in(by_name, given) else given.to_dict()
     return data
 
 
