@@ -176,7 +176,7 @@ def _equations(call: Call, values: Values) -> Iterator[Section]:
     yield _of_surrogate(surrogate)
     yield Section(
         "backward, from the last equation to the first",
-        tuple(_backward(steps, shown, step, slopes_of, model.inputs, model.params, call.record)),
+        tuple(_backward(call, steps, shown, step, slopes_of)),
         (
             "grad(h) is the loss's derivative by h; grad(v[t+1]) is grad(v) of the next step",
             "parameters' (+=) are summed over steps, and over neurons that share one number",
@@ -227,13 +227,11 @@ def _of_surrogate(surrogate: Surrogate) -> Section:
 
 
 def _backward(
+    call: Call,
     steps: Program,
     shown: Mapping[str, str],
     step: Iterable[Statement],
     slopes_of: Mapping[str, list[tuple[str, Node]]],
-    inputs: Iterable[str],
-    params: Iterable[str],
-    record: Iterable[str],
 ) -> Iterator[Equation]:
     """Reverse-mode differentiation of one step, as the kernels do it."""
     terms: dict[str, list[Node]] = {}
@@ -244,7 +242,7 @@ def _backward(
     for z, last in steps.final.items():  # a state that is not assigned is shown as it is
         arrive(shown.get(last, last), _gradient(f"{z}[t+1]"))
     arrive(shown[steps.spikes], _gradient("out.spikes"))
-    for recorded in record:
+    for recorded in call.record:
         last = steps.held[recorded]
         arrive(shown.get(last, last), _gradient(f"out.record.{recorded}"))
     for statement in reversed([*step]):
@@ -256,9 +254,9 @@ def _backward(
             yield Equation(total, add(parts))
             for read, slope in slopes_of[statement.target]:
                 arrive(read, multiply(total, slope))
-    for source in (*inputs, *steps.final):
+    for source in (*call.model.inputs, *steps.final):
         yield Equation(_gradient(source), add(terms.get(source, [])))
-    for p in params:
+    for p in call.model.params:
         if p in terms:
             yield Equation(_gradient(p), add(terms[p]), "+=")
 
