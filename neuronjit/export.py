@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def save_cuda_codes(
     detach_resets: Iterable[bool] = (False, True),
     decay_inputs: Iterable[bool] = (True, False),
     dtypes: Iterable[str] = ("float32", "float16"),
-    directions: Iterable[str] = ("forward", "backward"),
+    directions: Iterable[str] = DIRECTIONS,
 ) -> list[str]:
     """Write the CUDA source of kernels, exactly as neuronjit compiles it (NVRTC takes the file).
 
@@ -137,7 +137,7 @@ def save_cuda_codes(
     Raises:
         SpecError: an unknown name, or nothing left to write.
     """
-    specs = _export(neurons, surrogates, resets, detach_resets, decay_inputs, dtypes, directions)
+    specs = _chosen(neurons, surrogates, resets, detach_resets, decay_inputs, dtypes, directions)
     path = Path(path)
     if path.is_dir() or not path.suffix:
         path.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ def save_cuda_codes(
     return [spec.symbol for spec in specs]
 
 
-def _export(
+def _chosen(
     models: Iterable[Any],
     surrogates: Iterable[Any],
     resets: Iterable[str],
@@ -161,7 +161,7 @@ def _export(
     decay_inputs: Iterable[bool],
     dtypes: Iterable[str],
     directions: Iterable[str],
-) -> Sequence[KernelSpec]:
+) -> list[KernelSpec]:
     decays, surrogates, detach_resets = tuple(decay_inputs), [*surrogates], [*detach_resets]
     others = [*directions], [*dtypes], [*resets]  # gone through once a model: iterators end
     specs: dict[KernelSpec, None] = {}  # choices that a kernel ignores give it again
