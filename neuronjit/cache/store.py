@@ -17,21 +17,12 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from ..settings import CacheWarning, cache_size, warn_once
-from .entries import HEAD, KEY, SCHEMA, Damaged, Entry, decode, encode, key_of, make_key, read_meta
+from ..settings import cache_size, warn_once
+from .entries import HEAD, KEY, Damaged, Entry, decode, encode, key_of, make_key, read_meta
 from .folders import Folder, Untrusted, is_shared, opened, search_path, user_dir, walk
 from .locks import key_lock
 
-__all__ = [
-    "SCHEMA",
-    "CacheWarning",
-    "Entry",
-    "find",
-    "load",
-    "load_or_make",
-    "make_key",
-    "size_cap",
-]
+__all__ = ["Entry", "find", "load", "load_or_make", "make_key", "size_cap"]
 
 DEFAULT_SIZE = 1 << 30
 _memory: dict[str, Entry] = {}  # what no directory would take
