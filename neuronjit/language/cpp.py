@@ -62,8 +62,7 @@ def cpp_number(value: float) -> str:
     """A literal of the arithmetic type, rounded once from the double that Python read."""
     if value == int(value) and abs(value) < 1e6:
         return f"real({int(value)})" if value >= 0 else f"real({int(value)}.0)"
-    short = repr(value)
-    return f"real({short})"
+    return f"real({value!r})"
 
 
 def exact_divisions(node: Node, divisors: Container[str]) -> Node:

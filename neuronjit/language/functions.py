@@ -171,9 +171,8 @@ FUNCTIONS = {
     "minimum": Operation(2, torch.minimum, _choice, finite=True),
     "maximum": Operation(2, torch.maximum, _choice, finite=True),
     "where": Operation(3, torch.where, finite=True),
-    "fire": Operation(
-        2, torch.ge, finite=True
-    ),  # its slope is the surrogate's: see models/block.py
+    # its slope is the surrogate's: see models/block.py
+    "fire": Operation(2, torch.ge, finite=True),
     # its slopes are no products: see kernels/render.py
     "add_grad": Operation(2, _add_grad, lambda n, a, b: (ONE, ZERO), finite=True),
     "detach": Operation(1, torch.Tensor.detach, finite=True),

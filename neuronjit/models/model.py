@@ -8,13 +8,7 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import (
-    EquationError,
-    expect,
-    expect_fields,
-    expect_number,
-    known,
-)
+from ..errors import EquationError, expect, expect_fields, expect_number, known
 from ..immutable import Immutable, ReadOnly
 from ..language.mathematics import aligned, latex_name, to_latex
 from ..language.parse import check_label, check_name, parse_block, place_of, plain
@@ -99,14 +93,14 @@ class NeuronModel(Immutable):
         params = {**params, **{k: v for k, v in _EVERY_MODELS.items() if k not in params}}
         positive = frozenset(positive)
         inputs = _inputs(this, inputs)
-        for key in [*state, *inputs[1:], *params]:
+        names = [*state, *inputs[1:], *params]
+        for key in names:
             if key in _RESERVED:
                 reason = f"'{key}' is {_RESERVED[key]}; it cannot be a state or a parameter"
                 raise EquationError(f"{this}: {reason}")
         if "v" not in state:
             reason = f"the membrane potential 'v' must be one of the states {list(state)}"
             raise EquationError(f"{this}: {reason}")
-        names = [*state, *inputs[1:], *params]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             reason = f"{twice} can only be one of a state, an input and a parameter"
             raise EquationError(f"{this}: {reason}")

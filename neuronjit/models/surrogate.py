@@ -16,8 +16,6 @@ from ..language.mathematics import aligned, to_latex
 from ..language.parse import check_label, check_name, parse_expression, plain
 from ..language.tree import Node
 
-_ANOTHER = "({change}) gives another one"
-
 
 class Surrogate(Immutable):
     """A surrogate gradient, written as expressions of u = h - theta. Immutable.
@@ -75,7 +73,6 @@ class Surrogate(Immutable):
             derivative_tree=parse_expression(derivative, readable),
             primitive_tree=None if primitive is None else parse_expression(primitive, readable),
             form=self,
-            # as a model's; numbers are no part of it
             token=json.dumps(
                 [name, plain(derivative), None if primitive is None else plain(primitive), names]
             ),
@@ -96,7 +93,7 @@ class Surrogate(Immutable):
         if not spiking and self.primitive is None:
             reason = "has no primitive, so spiking=False has no output to give"
             raise SpecError(f"surrogate '{self.name}' {reason}")
-        advice = f"surrogates are immutable: {self.name}{_ANOTHER}"
+        advice = f"surrogates are immutable: {self.name}({{change}}) gives another one"
         self._keep(
             params=ReadOnly(numbers, advice),
             values=tuple(numbers.values()),
