@@ -281,7 +281,7 @@ def own_network() -> torch.nn.Module:
     return torch.nn.Sequential(
         Steps(torch.nn.Conv2d(2, 3, 3, bias=False)),
         nj.nn.LIF(tau=2.5, v_threshold=0.3, v_reset=-0.1),
-        torch.nn.Sequential(Steps(torch.nn.AvgPool2d(2)), nj.nn.Flatten()),
+        torch.nn.Sequential(nj.nn.EachStep(torch.nn.AvgPool2d(2)), nj.nn.Flatten()),
         torch.nn.Dropout(0.5),
         torch.nn.Linear(12, 6),
         nj.nn.PLIF(init_tau=3.0, decay_input=False, v_threshold=0.4),
@@ -399,6 +399,7 @@ def test_graphs_that_cannot_be_read() -> None:
         (lambda: nj.nn.LIF(v_reset=None), "layer '0': NIR has no soft reset"),
         (lambda: nj.nn.Neuron("alif"), "cannot say the model 'alif'"),
         (lambda: Steps(torch.nn.BatchNorm2d(2)), "cannot say BatchNorm2d.*Conv2d"),
+        (lambda: nj.nn.EachStep(*[torch.nn.Conv2d(2, 2, 1)] * 2), "cannot say EachStep.*EachStep"),
         (lambda: torch.nn.ReLU(), "cannot say ReLU"),
         (lambda: torch.nn.Flatten(), "flattens time or batch"),
         (lambda: Steps(torch.nn.Conv2d(2, 1, 3, padding=1, padding_mode="circular")), "circular"),

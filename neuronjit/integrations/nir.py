@@ -13,6 +13,7 @@ are integrated by forward Euler (`nir_lif` and others in docs/neurons.md). Teste
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from graphlib import CycleError, TopologicalSorter
@@ -24,22 +25,16 @@ from torch import Tensor
 
 from .. import neurons
 from ..errors import BackendError, InputTypeError, SpecError, known
-from ..nn import Flatten, Neuron
+from ..nn import EachStep, Flatten, Neuron
 
 __all__ = ["Graph", "Scale", "Steps", "from_nir", "to_nir"]
 
 
-class Steps(torch.nn.Module):
-    """A layer without state over `[T, N, *]`, all steps as one batch."""
+class Steps(EachStep):
+    """`neuronjit.nn.EachStep` of one layer."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x_seq: Tensor) -> Tensor:
-        """`[T, N, *]` to `[T, N, *]`."""
-        y: Tensor = self.layer(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])
-        return y
+        super().__init__(OrderedDict(layer=layer))
 
 
 class Scale(torch.nn.Module):
@@ -260,7 +255,7 @@ def to_nir(
     """The NIR graph of a module: one of `from_nir`, a `torch.nn.Sequential`, or one layer.
 
     Known layers: those of `from_nir`; `torch.nn.Linear`, `Flatten` of `[T, N, *]`, and
-    `Steps(...)` of Conv1d, Conv2d or AvgPool2d; the layers IF, LIF, PLIF of `neuronjit.nn` and
+    `EachStep(...)` of a Conv1d, Conv2d or AvgPool2d; the layers IF, LIF, PLIF of `neuronjit.nn` and
     `Neuron` of the models li, cuba_lif and nir_*. Identity and Dropout are left out. The surrogate
     and the state are no part of NIR. Ours fire at the threshold too, NIR's only above it.
 
@@ -340,11 +335,16 @@ _LAYERS = (
 )  # fmt: skip
 
 
+def _inner(layer: Any) -> Any:
+    """The layer itself, or the one that an EachStep runs."""
+    return layer[0] if isinstance(layer, EachStep) and len(layer) == 1 else layer
+
+
 def _check(layers: Mapping[str, torch.nn.Module]) -> None:
     for name, layer in layers.items():
-        inner = layer.layer if isinstance(layer, Steps) else layer
+        inner = _inner(layer)
         if not isinstance(inner, _LAYERS):
-            kinds = known([kind.__name__ for kind in (*_LAYERS, Steps)])
+            kinds = known([kind.__name__ for kind in (*_LAYERS, EachStep)])
             raise SpecError(f"layer '{name}': NIR cannot say {type(inner).__name__}. {kinds}")
         if isinstance(inner, Graph):
             _check(inner.named())
@@ -354,7 +354,7 @@ def _node(nir: Any, layer: Any, dt: float, shapes: Any) -> Any:
     if isinstance(layer, Graph):
         return _graph(nir, layer, dt, shapes)
     before = shapes[layer][0]
-    inner: Any = layer.layer if isinstance(layer, Steps) else layer
+    inner: Any = _inner(layer)
     match inner:
         case Neuron():
             return _neuron(nir, inner, before, dt)
