@@ -80,23 +80,23 @@ def specs_of(
     *,
     steps: int,
     neurons: int,
-    record: Iterable[str] = (),
-    learned: Iterable[str] = (),
-    per_neuron: Iterable[str] = (),
     by_channel: bool = False,
-    per_step: Iterable[str] = (),
     arriving: Iterable[str] | None = None,
+    **names: Iterable[str],
 ) -> list[KernelSpec]:
-    """The kernels of `render`, one a direction, before they are rendered."""
-    record, learned = as_names(record), as_names(learned, "learned")
-    per_neuron, per_step = as_names(per_neuron, "per_neuron"), as_names(per_step, "per_step")
-    arriving = ("s", *record) if arriving is None else as_names(arriving, "arriving")
+    """The kernels of `render`, one a direction, before they are rendered.
+
+    names: its record, learned, per_neuron and per_step.
+    """
+    lists = {what: as_names(given, what) for what, given in names.items()}
+    if arriving is None:
+        arriving = "s", *lists.get("record", ())
+    lists["arriving"] = as_names(arriving, "arriving")
     specs = []
     for each in directions:
         spec = KernelSpec.of(
-            model, target, each, surrogate, reset, detach_reset, dtype,
-            per_neuron=per_neuron, by_channel=by_channel, per_step=per_step, learned=learned,
-            record=record, arriving=arriving,
+            model, target, each, surrogate, reset, detach_reset, dtype, by_channel=by_channel,
+            **lists,
         )  # fmt: skip
         counts = DTYPES[spec.dtype].tensor.itemsize, spec.model, len(spec.sequences)
         shape = targets.by_name(target).shape(each, *counts, neurons, steps, True)
