@@ -26,7 +26,6 @@ from . import classes
 
 NAME, PACKAGE, TESTED = "SpikingJelly", "spikingjelly", "2.0.0"
 FAMILY = ("spikingjelly.activation_based.neuron", "spikingjelly.clock_driven.neuron")
-_PRECISION = "its neuron precision is set, which SpikingJelly's own kernels serve"
 
 
 def _surrogate(node: Any) -> Surrogate:
@@ -281,28 +280,28 @@ def look(module: torch.nn.Module) -> Row | str | None:
         return f"an older SpikingJelly, without functional forwards; {TESTED} is known"
     if changed := classes.own_dynamics(module, base, _DYNAMICS):
         return changed
-    row = NODES[base.__name__]
-    return _why_not(module, row) or row
+    try:
+        _read(module, NODES[base.__name__])
+    except NeuronJitError as error:
+        return str(error)
+    return NODES[base.__name__]
 
 
 def describe(module: Any, row: Row) -> str:
     """What runs in the node's place."""
-    surrogate = row.surrogate(module)
+    model, surrogate, given = _read(module, row)
     smooth = "" if surrogate.spiking else ", not spiking"
-    model = row.model(module)
-    reset = "own" if model.own_reset else "soft" if module.v_reset is None else "hard"
+    reset = "own" if model.own_reset else "soft" if given["v_reset"] is None else "hard"
     then = ", its activation in single steps" if row.analog else ""
     return f"{model.name}, {reset} reset, {classes.shown(surrogate)}{smooth}{then}"
 
 
-def _why_not(node: Any, row: Row) -> str | None:
+def _read(node: Any, row: Row) -> tuple[NeuronModel, Surrogate, dict[str, Any]]:
+    """What a node computes now: model, surrogate, parameters; SpecError where we cannot."""
     if getattr(node, "_neuron_precision", None) is not None:
-        return _PRECISION
-    try:
-        row.model(node), row.params(node), row.surrogate(node)
-    except NeuronJitError as error:
-        return str(error)
-    return None
+        raise SpecError("its neuron precision is set, which SpikingJelly's own kernels serve")
+    given = {"v_threshold": node.v_threshold, "v_reset": getattr(node, "v_reset", None)}
+    return row.model(node), row.surrogate(node), {**given, **row.params(node)}
 
 
 class Methods:
@@ -359,14 +358,8 @@ class Methods:
         """The kernel's output; None where only SpikingJelly can run the node, or this input."""
         node: Any = self
         row = node._neuronjit
-        given: dict[str, Any] = {
-            "v_threshold": node.v_threshold, "v_reset": getattr(node, "v_reset", None)
-        }  # fmt: skip
         try:
-            if getattr(node, "_neuron_precision", None) is not None:
-                raise SpecError(_PRECISION)
-            model, surrogate = row.model(node), row.surrogate(node)
-            given.update(row.params(node))
+            model, surrogate, given = _read(node, row)
             if row.fit is not None:
                 x_seq, fitted = row.fit(node, x_seq)
                 given.update(fitted)
