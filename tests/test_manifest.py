@@ -69,7 +69,7 @@ def test_every_field_is_checked():
     assert {field.name for field in fields(KernelSpec)} == {
         "model", "target", "direction", "dtype", "reset", "surrogate", "spiking", "detach_reset",
         "per_neuron", "by_channel", "per_step", "learned", "record", "arriving", "interval",
-        "lanes", "loads", "prefetch",
+        "lanes", "loads", "prefetch", "whole",
     }  # fmt: skip
 
 

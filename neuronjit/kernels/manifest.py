@@ -112,7 +112,7 @@ def from_json(data: Mapping[str, Any]) -> KernelSpec:
     given["surrogate"] = _surrogate(given["surrogate"])
     for field in ("target", "direction", "dtype", "reset"):
         expect(given[field], str, field)
-    for field in ("spiking", "detach_reset", "by_channel", "prefetch"):
+    for field in ("spiking", "detach_reset", "by_channel", "prefetch", "whole"):
         expect(given[field], bool, field)
     for field in ("per_neuron", "per_step", "learned", "record", "arriving"):
         given[field] = tuple(expect(given[field], list, field))
