@@ -99,7 +99,7 @@ def test_each_neuron_is_walked_once() -> None:
             assert grid.blocks == grid.slices * (period if inner > 1 else tiles)
             step = lanes if inner > 1 else 1
             turns = -(-(n // period) // (grid.slices * rows * step))
-            few = WAVE >= 4 * (grid.blocks // grid.slices)  # of the blocks that walk all
+            few = 4 * (grid.blocks // grid.slices) <= WAVE  # of the blocks that walk all
             assert grid.slices == 1 or grid.blocks <= (WAVE if few else 4 * WAVE)
             assert (turns - 1) * grid.slices * rows * step < n // period  # no block is idle
 

@@ -544,7 +544,7 @@ def ladder(count):
 
 
 SEVEN = ["if", "lif", "plif", "qif", "eif", "izhikevich", "lif_no_decay", "plif_no_decay"]
-# by (target, direction, most lanes): K/lanes/loads, + where rows are loaded ahead, = for K steps alone
+# by (target, direction, most lanes): K/lanes/loads, + where rows are loaded ahead, = for K steps
 SHAPES = {
     ("cpu", "forward", 1): "4/64/1 8/64/1 16/64/1",
     ("cpu", "backward", 1): "4/64/1 8/64/1 16/64/1",
