@@ -117,6 +117,7 @@ def _changed(directory):
         "lanes": 2,
         "loads": 2,
         "prefetch": True,
+        "whole": True,
     }.items():
         yield f"spec: {field}", dataclasses.replace(spec, **{field: value}).request != spec.request
     two = nj.NeuronModel("two", "h = v + x * g", state={"v": 0.0}, inputs=("x", "g"))

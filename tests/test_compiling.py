@@ -544,7 +544,7 @@ def ladder(count):
 
 
 SEVEN = ["if", "lif", "plif", "qif", "eif", "izhikevich", "lif_no_decay", "plif_no_decay"]
-# by (target, direction, most lanes): K/lanes/loads, + where rows are loaded ahead
+# by (target, direction, most lanes): K/lanes/loads, + where rows are loaded ahead, = for K steps
 SHAPES = {
     ("cpu", "forward", 1): "4/64/1 8/64/1 16/64/1",
     ("cpu", "backward", 1): "4/64/1 8/64/1 16/64/1",
@@ -554,8 +554,8 @@ SHAPES = {
     " 16/2/16 16/4/8 16/4/16",
     ("cuda", "backward", 1): "4/1/4 8/1/8 16/1/16 16/1/16+",
     ("cuda", "backward", 2): "4/1/4 4/2/4 8/1/8 8/2/8 16/1/16 16/1/16+ 16/2/16 16/2/16+",
-    ("cuda", "backward", 4): "4/1/4 4/2/4 4/4/4 8/1/8 8/2/8 8/4/8 16/1/16 16/1/16+ 16/2/16 16/2/16+"
-    " 16/4/16",
+    ("cuda", "backward", 4): "4/1/4 4/2/4 4/4/4 4/4/4= 8/1/8 8/2/8 8/4/8 8/4/8= 16/1/16 16/1/16+"
+    " 16/2/16 16/2/16+ 16/4/16 16/4/16=",
 }
 
 
@@ -567,7 +567,9 @@ def test_p23_built_in_models_keep_their_shapes(name):
     ):
         lanes = 1 if target == "cpu" or sequences > 1 else min(8 // size, 4 // len(model.state))
         found = targets.shapes(target, direction, size, model, sequences)
-        written = " ".join(f"{k}/{at}/{loads}{'+' * ahead}" for k, at, loads, ahead in found)
+        written = " ".join(
+            f"{k}/{at}/{loads}{'+' * ahead}{'=' * whole}" for k, at, loads, ahead, whole in found
+        )
         assert written == SHAPES[target, direction, lanes], (target, direction, size, sequences)
 
 
@@ -620,7 +622,7 @@ def test_p23_large_blocks_compile_and_are_right(model):
         spec = KernelSpec.of(model, "cuda", direction, "atan", "hard", False, "float32")
         shape = cuda.shape(direction, 4, model, int(direction == "backward"), 4096, 100, True)
         spec = replace(spec, **shape._asdict())
-        assert shape == (1, 1, 1, False)
+        assert shape == (1, 1, 1, False, False)
         binary = cuda.compile(render_specs([spec]), spec.symbol, "sm_90", spec.is_large)
         assert cuda.check(binary, spec.symbol, "sm_90") == ""
 

@@ -96,6 +96,7 @@ def _context(spec: KernelSpec) -> dict[str, Any]:
         "facts": {
             "FORWARD": not backward,
             "AHEAD": spec.prefetch,
+            "WHOLE": spec.whole,
             "BY_CHANNEL": spec.by_channel,
         },
         "surrogate_functions": _surrogate_functions(spec),

@@ -96,6 +96,7 @@ class KernelSpec:
     lanes: int = 1  # neurons handled together
     loads: int = 1  # forward: rows of x on their way before the first is used
     prefetch: bool = False  # load the rows of the next steps before the current ones are used
+    whole: bool = False  # T is K, so that nothing is done for other numbers of steps
 
     def __post_init__(self) -> None:
         """Raise SpecError for all that no call would use: what is shown or built ahead is used."""
@@ -309,6 +310,7 @@ class KernelSpec:
         parts += ["by_channel"] if self.by_channel else []
         parts += [f"k{self.interval}", f"l{self.lanes}", f"r{self.loads}"]
         parts += ["ahead"] if self.prefetch else []
+        parts += ["whole"] if self.whole else []
         return "_".join(parts)
 
     @cached_property

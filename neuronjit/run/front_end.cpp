@@ -268,7 +268,7 @@ bool run_backward(const Plan& plan, const Tensor& x, const Tensor& checkpoints,
   }
   launch->run(places, plan.device);
 
-  for (Tensor& part : parts) part = part.sum(1);
+  for (Tensor& part : parts) part = part.sum(2);
   gradients = std::move(own);
   for (size_t i = 1; i < wanted.size(); ++i) {
     const Result& result = launch->results[i];

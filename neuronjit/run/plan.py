@@ -444,7 +444,7 @@ class KernelPlan:
         results: Gradients = [x_grad]
         totals: dict[str, Tensor] = {}
         for names, partials in parts:
-            totals.update(zip(names, partials.sum(1), strict=True))
+            totals.update(zip(names, partials.sum(2), strict=True))
         for name, tensor in zip(self.given, tensors, strict=True):
             if name in totals and name in self.repeats:
                 back = self.repeats[name].back(totals[name], tensor.shape, self.shape)
@@ -461,9 +461,9 @@ class KernelPlan:
     def partial_sums(self, arriving: _Arriving, grid: Grid) -> Iterator[tuple[Any, Any]]:
         """The parameters whose gradients a kernel sums in parts, and the sizes of these sums."""
         if of_channels := arriving.by_channel:
-            yield of_channels, (len(of_channels), grid.slices, self.repeats[of_channels[0]].period)
+            yield of_channels, (len(of_channels), self.repeats[of_channels[0]].period, grid.slices)
         if summed := arriving.summed:
-            yield summed, (len(summed), grid.blocks, 1)
+            yield summed, (len(summed), 1, grid.blocks)
 
     def _arriving(self, arrived: tuple[bool, ...], wanted: tuple[bool, ...]) -> _Arriving:
         key = (arrived, wanted)

@@ -8,7 +8,7 @@ namespace alif_backward_bfloat16_hard_PiecewiseLeakyReLU_seq_s_k4_l64_r1_ns {
 struct Sizes {
   using real = float;  // arithmetic, states and parameters
   using storage = bfloat16_t;  // sequences: x, s and their gradients
-  static constexpr bool FORWARD = false, AHEAD = false, BY_CHANNEL = false;
+  static constexpr bool FORWARD = false, AHEAD = false, WHOLE = false, BY_CHANNEL = false;
   static constexpr int LANES = 64, K = 4, LOADS = 1, INPUTS = 1, PER_STEP = 0, SEQUENCES = 2, OUTPUTS = 1, STATES = 2,
       SHARED = 5, SHARED_DIVISORS = 0, EACH = 0, EACH_DIVISORS = 0, SURROGATE = 2, EACH_LEARNED = 0, SUMS = 0;
 };

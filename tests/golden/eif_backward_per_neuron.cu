@@ -6,7 +6,7 @@ namespace eif_backward_float32_hard_ATan_per_tau_learn_tau_delta_T_seq_s_k4_l1_r
 struct Sizes {
   using real = float;  // arithmetic, states and parameters
   using storage = float;  // sequences: x, s and their gradients
-  static constexpr bool FORWARD = false, AHEAD = false, BY_CHANNEL = false;
+  static constexpr bool FORWARD = false, AHEAD = false, WHOLE = false, BY_CHANNEL = false;
   static constexpr int LANES = 1, K = 4, LOADS = 4, INPUTS = 1, PER_STEP = 0, SEQUENCES = 2, OUTPUTS = 1, STATES = 1,
       SHARED = 5, SHARED_DIVISORS = 1, EACH = 1, EACH_DIVISORS = 1, SURROGATE = 1, EACH_LEARNED = 1, SUMS = 1;
 };

@@ -383,13 +383,13 @@ template <class M> struct Walk {
 
   const Args& a;
   const long long N;
-  const int T;
+  const int T;  // K, where the kernel is for that alone
   const long long first;  // the neurons first .. first + LANES - 1, of which
   const int valid;        // so many exist
   const Params<M>& p;
 
   INLINE_ Walk(const Args& args, const Params<M>& params, const long long first_neuron, const int existing)
-      : a(args), N(args.N), T(args.T), first(first_neuron), valid(existing), p(params) {}
+      : a(args), N(args.N), T(M::WHOLE ? K : args.T), first(first_neuron), valid(existing), p(params) {}
 
   INLINE_ void run(Totals<M>& totals) const {
     if constexpr (M::FORWARD) {

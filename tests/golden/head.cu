@@ -155,14 +155,14 @@ template <class M> INLINE_ void run_by_channel(const typename M::Args& a, Totals
     Params<M> params(a);
     params.of_channels(a, c, apart ? 0 : 1);
     AS_IT_IS_ for (long long j = (slice * rows + y) * lanes; j < a.N / C; j += slices * rows * lanes) {
-      const long long o = j < 0x7fffffff && I < 0x7fffffff ? (unsigned)j / (unsigned)I : j / I;
+      const long long o = !apart ? j : j < 0x7fffffff && I < 0x7fffffff ? (unsigned)j / (unsigned)I : j / I;
       Walk<M>(a, params, (o * C + c) * I + j - o * I, LANES).run(totals);
     }
   }
   if constexpr (M::EACH_LEARNED > 0) {
     __shared__ typename M::real of[BLOCK];
     UNROLL_ for (int i = 0; i < M::EACH_LEARNED; ++i) {
-      typename M::real* to = a.channel_partials + (i * slices + slice) * C + c;
+      typename M::real* to = a.channel_partials + (i * C + c) * slices + slice;
       if (apart) {
         typename M::real sum = 0;
         FOR_LANES_ { sum += totals.channel[i][l]; }
@@ -176,7 +176,7 @@ template <class M> INLINE_ void run_by_channel(const typename M::Args& a, Totals
           if (works && y == 0) {
             typename M::real sum = 0;
             for (int r = 0; r < rows; ++r) { sum += of[r * width + x]; }
-            to[l] = sum;
+            to[l * slices] = sum;
           }
         }
       }
@@ -431,13 +431,13 @@ template <class M> struct Walk {
 
   const Args& a;
   const long long N;
-  const int T;
+  const int T;  // K, where the kernel is for that alone
   const long long first;  // the neurons first .. first + LANES - 1, of which
   const int valid;        // so many exist
   const Params<M>& p;
 
   INLINE_ Walk(const Args& args, const Params<M>& params, const long long first_neuron, const int existing)
-      : a(args), N(args.N), T(args.T), first(first_neuron), valid(existing), p(params) {}
+      : a(args), N(args.N), T(M::WHOLE ? K : args.T), first(first_neuron), valid(existing), p(params) {}
 
   INLINE_ void run(Totals<M>& totals) const {
     if constexpr (M::FORWARD) {

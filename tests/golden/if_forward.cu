@@ -6,7 +6,7 @@ namespace if_forward_float32_hard_k4_l1_r4_ns {
 struct Sizes {
   using real = float;  // arithmetic, states and parameters
   using storage = float;  // sequences: x, s and their gradients
-  static constexpr bool FORWARD = true, AHEAD = false, BY_CHANNEL = false;
+  static constexpr bool FORWARD = true, AHEAD = false, WHOLE = false, BY_CHANNEL = false;
   static constexpr int LANES = 1, K = 4, LOADS = 4, INPUTS = 1, PER_STEP = 0, SEQUENCES = 1, OUTPUTS = 1, STATES = 1,
       SHARED = 2, SHARED_DIVISORS = 0, EACH = 0, EACH_DIVISORS = 0, SURROGATE = 0, EACH_LEARNED = 0, SUMS = 0;
 };

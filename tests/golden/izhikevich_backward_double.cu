@@ -7,7 +7,7 @@ namespace izhikevich_backward_float64_hard_ATan_seq_s_k4_l1_r4_ns {
 struct Sizes {
   using real = double;  // arithmetic, states and parameters
   using storage = double;  // sequences: x, s and their gradients
-  static constexpr bool FORWARD = false, AHEAD = false, BY_CHANNEL = false;
+  static constexpr bool FORWARD = false, AHEAD = false, WHOLE = false, BY_CHANNEL = false;
   static constexpr int LANES = 1, K = 4, LOADS = 4, INPUTS = 1, PER_STEP = 0, SEQUENCES = 2, OUTPUTS = 1, STATES = 2,
       SHARED = 9, SHARED_DIVISORS = 2, EACH = 0, EACH_DIVISORS = 0, SURROGATE = 1, EACH_LEARNED = 0, SUMS = 0;
 };

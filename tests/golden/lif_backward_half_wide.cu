@@ -1,12 +1,12 @@
-// lif backward float16 hard ATan seq s k4 l4 r4
+// lif backward float16 hard ATan seq s k4 l4 r4 whole
 //     h = v + ( x - ( v - v_reset ) ) / tau
 //     it fires: theta = v_threshold; s = h >= theta
 //     reset (hard): v = h * (1 - s) + v_reset * s
-namespace lif_backward_float16_hard_ATan_seq_s_k4_l4_r4_ns {
+namespace lif_backward_float16_hard_ATan_seq_s_k4_l4_r4_whole_ns {
 struct Sizes {
   using real = float;  // arithmetic, states and parameters
   using storage = half_t;  // sequences: x, s and their gradients
-  static constexpr bool FORWARD = false, AHEAD = false, BY_CHANNEL = false;
+  static constexpr bool FORWARD = false, AHEAD = false, WHOLE = true, BY_CHANNEL = false;
   static constexpr int LANES = 4, K = 4, LOADS = 4, INPUTS = 1, PER_STEP = 0, SEQUENCES = 2, OUTPUTS = 1, STATES = 1,
       SHARED = 3, SHARED_DIVISORS = 1, EACH = 0, EACH_DIVISORS = 0, SURROGATE = 1, EACH_LEARNED = 0, SUMS = 0;
 };
@@ -60,5 +60,5 @@ struct Kernel : Arrays<Sizes> {
   static INLINE_ void pass(Some& some_) { some_[0] = true; }
 };
 extern "C" __global__ void __launch_bounds__(128)
-lif_backward_float16_hard_ATan_seq_s_k4_l4_r4(const Kernel::Args a) { run<Kernel>(a); }
+lif_backward_float16_hard_ATan_seq_s_k4_l4_r4_whole(const Kernel::Args a) { run<Kernel>(a); }
 }  // namespace

@@ -6,7 +6,7 @@ namespace lif_forward_float32_hard_k4_l64_r1_ns {
 struct Sizes {
   using real = float;  // arithmetic, states and parameters
   using storage = float;  // sequences: x, s and their gradients
-  static constexpr bool FORWARD = true, AHEAD = false, BY_CHANNEL = false;
+  static constexpr bool FORWARD = true, AHEAD = false, WHOLE = false, BY_CHANNEL = false;
   static constexpr int LANES = 64, K = 4, LOADS = 1, INPUTS = 1, PER_STEP = 0, SEQUENCES = 1, OUTPUTS = 1, STATES = 1,
       SHARED = 3, SHARED_DIVISORS = 0, EACH = 0, EACH_DIVISORS = 0, SURROGATE = 0, EACH_LEARNED = 0, SUMS = 0;
 };

@@ -6,7 +6,7 @@ namespace plif_backward_float32_soft_detached_Sigmoid_learn_reciprocal_tau_seq_s
 struct Sizes {
   using real = float;  // arithmetic, states and parameters
   using storage = float;  // sequences: x, s and their gradients
-  static constexpr bool FORWARD = false, AHEAD = true, BY_CHANNEL = false;
+  static constexpr bool FORWARD = false, AHEAD = true, WHOLE = false, BY_CHANNEL = false;
   static constexpr int LANES = 1, K = 16, LOADS = 16, INPUTS = 1, PER_STEP = 0, SEQUENCES = 2, OUTPUTS = 1, STATES = 1,
       SHARED = 3, SHARED_DIVISORS = 0, EACH = 0, EACH_DIVISORS = 0, SURROGATE = 1, EACH_LEARNED = 0, SUMS = 1;
 };

@@ -25,7 +25,8 @@ class Shape(NamedTuple):
     interval: int  # K: steps between checkpoints
     lanes: int
     loads: int
-    prefetch: bool
+    prefetch: bool = False
+    whole: bool = False
 
 
 class Channels(NamedTuple):

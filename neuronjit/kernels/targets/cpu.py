@@ -348,4 +348,4 @@ def shape(
     aligned: bool,
 ) -> Shape:
     """How to walk the work; rows are loaded one by one, the CPU's own prefetchers look ahead."""
-    return Shape(steps_between_checkpoints(steps, model), LANES, 1, False)
+    return Shape(steps_between_checkpoints(steps, model), LANES, 1)

@@ -35,9 +35,6 @@ MULTIPROCESSORS = 132  # of an H100, where the shapes of kernels were measured
 # below so many threads the next rows are loaded ahead (backward FEW, forward VERY_FEW); with fewer
 # than VERY_FEW left, threads are not made wider
 FEW, VERY_FEW = 1024 * MULTIPROCESSORS, 512 * MULTIPROCESSORS
-# blocks that walk channels: enough for every multiprocessor, few enough that a thread reads its
-# parameters for several neurons
-MANY_BLOCKS = 32 * MULTIPROCESSORS
 KEEPS_RECIPROCALS = True  # of parameters: a division takes ten times as long as a product
 # --fmad=false and IEEE division keep spikes bit-identical to the CPU's; kernels wait for memory,
 # not for these.
@@ -199,14 +196,20 @@ _contexts = _Contexts()
 class Kernel:
     """One loaded kernel on one device. Never unloaded: a launch may be queued, or in a graph."""
 
-    def __init__(self, function: int, lanes: int, device: int, launch: Any) -> None:
+    def __init__(self, function: int, lanes: int, wave: int, device: int, launch: Any) -> None:
+        """`wave`: blocks that the device runs at once."""
         self._function = function
         self._lanes = lanes
+        self._wave = wave
         self._device = device
         self._launch = launch
 
     def grid(self, n: int, channels: Channels | None) -> Grid:
-        """How many blocks there are; with `channels`, each walks some neurons of its channels."""
+        """How many blocks there are; with `channels`, each walks some neurons of its channels.
+
+        As many of those as run at once: a block reads its parameters and adds up its sums once,
+        however long it walks. Where a wave cannot be shared out evenly, several of them.
+        """
         if channels is None:
             return Grid(-(-n // (self._lanes * BLOCK)), 0)
         inner, period = channels
@@ -216,7 +219,8 @@ class Kernel:
             columns = period // self._lanes
             tiles = -(-columns // BLOCK)
             work = -(-(n // period) // (BLOCK // -(-columns // tiles)))
-        turns = -(-work * tiles // MANY_BLOCKS)  # of a thread
+        most = self._wave if self._wave >= 4 * tiles else 4 * self._wave
+        turns = -(-work // max(most // tiles, 1))  # of a thread
         slices = -(-work // turns)
         return Grid(tiles * slices, slices)
 
@@ -264,10 +268,12 @@ def load(binary: bytes, symbol: str, lanes: int, device: int) -> Kernel:
             function = driver.moduleGetFunction(module, symbol)
             spilled = driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function)
             registers = driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_NUM_REGS, function)
+            at_once = driver.occupancyMaxActiveBlocksPerMultiprocessor(function, BLOCK, 0)
     except driver.CUDADriverError as error:
         raise BackendError(f"a kernel cannot be loaded: {error}\nkernel {symbol}") from None
     debug(f"loaded {symbol} on cuda:{device}: {registers} registers, {spilled} bytes spilled")
-    return Kernel(function, lanes, device, driver.launchKernel)
+    wave = at_once * torch.cuda.get_device_properties(device).multi_processor_count
+    return Kernel(function, lanes, wave, device, driver.launchKernel)
 
 
 def walks_channels(n: int, channels: Channels) -> bool:
@@ -289,11 +295,12 @@ def shape(
 
     Measured on an H100: wide accesses pay while there are enough threads to fill the device; with
     few threads and long chains the next rows must be on their way before the current ones are used
-    (forward, that pays below half as many). Four lanes leave no registers for rows ahead.
+    (forward, that pays below half as many). Four lanes leave no registers for rows ahead, and
+    backward waits for instructions: those for any number of steps are spared where there are K.
     """
     k = steps_between_checkpoints(steps, model)
     if is_long(model):
-        return Shape(k, 1, 1, False)
+        return Shape(k, 1, 1)
     widest = max(min(8 // itemsize, 4 // len(model.state)), 1)
     if sequences + len(model.inputs) - 1 > 1:
         widest = 1  # rows of several sequences at once want all registers
@@ -303,4 +310,4 @@ def shape(
     few, very_few = n // lanes < FEW, n // lanes < VERY_FEW
     if direction == "forward":
         return Shape(k, lanes, k if few else min(k, 8), steps > k and very_few)
-    return Shape(k, lanes, k, steps > k and few and lanes <= 2)
+    return Shape(k, lanes, k, steps > k and few and lanes <= 2, steps == k and lanes > 2)
