@@ -20,8 +20,8 @@ from ..run.normed import batch_statistics, multistep_normed
 from .neuron import Neuron
 from .pairs import has_forward, preceding
 
-# elements of x_seq: below, a GPU takes longer for the launches that a fused batch norm has more
-FUSED_FROM = 1 << 23
+# bytes of x_seq: below, a GPU takes longer for the launches that a fused batch norm has more
+FUSED_FROM = 1 << 24
 # whose forward is torch's, but that time may be folded into the batch: SpikingJelly's, and ours for
 # its old scripts
 _FORWARDS = (
@@ -31,7 +31,7 @@ _FORWARDS = (
 
 def _pays(x: Tensor) -> bool:
     """Whether one kernel each way is faster than batch norm and neuron apart, on an H100."""
-    return not x.is_cuda or x.numel() >= FUSED_FROM
+    return not x.is_cuda or x.numel() * x.itemsize >= FUSED_FROM
 
 
 class EachStep(torch.nn.Sequential):

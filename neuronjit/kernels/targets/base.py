@@ -119,18 +119,19 @@ def steps_between_checkpoints(steps: int, model: NeuronModel) -> int:
     many checkpoints there are: a graph with a symbol for T relies on it.
     """
     k = 4 if steps <= 4 else 8 if steps <= 8 or len(model.state) > 2 else 16
-    while k > 1 and k * _terms_of_model(model) > MOST_TERMS:
+    while k > 1 and k * terms_of(model) > MOST_TERMS:
         k //= 2
     return k
 
 
 def is_long(model: NeuronModel) -> bool:
     """Whether a step of the model is so long that it does not stand in a kernel many times."""
-    return _terms_of_model(model) > MOST_TERMS // 8
+    return terms_of(model) > MOST_TERMS // 8
 
 
 @cache
-def _terms_of_model(model: NeuronModel) -> int:
+def terms_of(model: NeuronModel) -> int:
+    """Return how long a step of the model is: its states, and the terms of its statements."""
     return len(model.state) + sum(terms(s.expression) for s in model.statements)
 
 

@@ -27,6 +27,7 @@ from .base import (
     is_long,
     keep_source,
     steps_between_checkpoints,
+    terms_of,
 )
 from .binary import CUBIN, CUDA, code_size, cubin_arch, why_not_elf, why_not_ptx
 
@@ -35,6 +36,7 @@ MULTIPROCESSORS = 132  # of an H100, where the shapes of kernels were measured
 # below so many threads the next rows are loaded ahead (backward FEW, forward VERY_FEW); with fewer
 # than VERY_FEW left, threads are not made wider
 FEW, VERY_FEW = 1024 * MULTIPROCESSORS, 512 * MULTIPROCESSORS
+TERMS_OF_FOUR = 448  # of K steps in backward: with more, four lanes take too many registers
 KEEPS_RECIPROCALS = True  # of parameters: a division takes ten times as long as a product
 # --fmad=false and IEEE division keep spikes bit-identical to the CPU's; kernels wait for memory,
 # not for these.
@@ -304,6 +306,8 @@ def shape(
     widest = max(min(8 // itemsize, 4 // len(model.state)), 1)
     if sequences + len(model.inputs) - 1 > 1:
         widest = 1  # rows of several sequences at once want all registers
+    elif direction == "backward" and k * terms_of(model) > TERMS_OF_FOUR:
+        widest = min(widest, 2)
     lanes = 1
     while lanes < widest and aligned and n % (lanes * 2) == 0 and n // (lanes * 2) >= VERY_FEW:
         lanes *= 2
