@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CUDA ?= cuda12
-PYTEST_ARGS ?= -n 2 -m "not slow"
+PYTEST_ARGS ?= -n 2 --dist loadgroup -m "not slow"
 
 run := $(VENV)/bin/python -m
 pip := $(run) pip install --disable-pip-version-check -c constraints.txt
@@ -32,7 +32,7 @@ test check: $(VENV)/.installed-test
 	$(run) pytest $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-test
-	$(run) pytest -n 2 -m slow
+	$(run) pytest -n 2 --dist loadgroup -m slow
 
 replay: $(VENV)/.installed-test
 	$(VENV)/bin/python benchmarks/replay.py $(REPLAY_ARGS)
@@ -45,7 +45,7 @@ format: $(VENV)/.installed-test
 	$(run) ruff check --fix .
 
 clean:
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
 
 # The stamps: installing again only when what is to be installed has changed. All that `demo` needs, `test` has.
 $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(VENV)/bin/pip

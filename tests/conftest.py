@@ -1,5 +1,6 @@
 """What every test may rely on: a cache of the session's own, and skips that say why."""
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -30,6 +31,12 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if directory := getattr(config, "_neuronjit_cache", None):
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def pytest_collection_finish():
+    """What all tests share is not looked through again by each collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def _no_cuda():

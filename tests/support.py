@@ -33,6 +33,12 @@ VALUE_TOLERANCE = {
 # a potential this near to the threshold, or to a kink of the surrogate, may fall on either side
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-10, torch.float16: 1e-4, torch.bfloat16: 1e-4}
 
+
+def slow(*values: Any, **options: Any) -> Any:
+    """A row of a parametrisation that runs in the slow suite only."""
+    return pytest.param(*values, marks=pytest.mark.slow, **options)
+
+
 each_device = pytest.mark.parametrize("device", DEVICES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 each_reset = pytest.mark.parametrize("reset", ["hard", "soft"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import each_device
+from support import each_device, slow
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -111,7 +111,7 @@ def test_options_of_the_norm(options: dict[str, Any], device: str) -> None:
 
 
 @each_device
-@pytest.mark.parametrize("model", ["lif", "izhikevich", "klif", "ilif", "alif"])
+@pytest.mark.parametrize("model", ["lif", "izhikevich", slow("klif"), slow("ilif"), slow("alif")])
 def test_neurons(model: str, device: str) -> None:
     compare((4, 3, 6, 5, 5), device, model=model)
     compare((4, 3, 6, 5, 5), device, model=model, surrogate=nj.surrogates.ATan())

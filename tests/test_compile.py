@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import Counted, each_device, inputs, library_model
+from support import Counted, each_device, inputs, library_model, slow
 from torch import Tensor
 
 import neuronjit as nj
@@ -103,7 +103,9 @@ def test_a_state_that_is_carried(device: str) -> None:
 
 
 @each_device
-@pytest.mark.parametrize("model", ["IF", "LIF", "PLIF", "EIF", "IZHIKEVICH", "alif"])
+@pytest.mark.parametrize(
+    "model", [slow("IF"), slow("LIF"), "PLIF", slow("EIF"), "IZHIKEVICH", "alif"]
+)
 def test_models(model: str, device: str) -> None:
     """Outputs, last states and records; checkpoints from 20 steps; a model of one's own."""
 
@@ -117,8 +119,13 @@ def test_models(model: str, device: str) -> None:
     same(compiled(run), run, x, torch.full((3, 5), 0.2, device=device, requires_grad=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("reset", ["hard", "soft"])
+@pytest.mark.parametrize(
+    ("dtype", "reset"),
+    [
+        (torch.float64, "hard"), (torch.float16, "soft"), slow(torch.bfloat16, "hard"),
+        slow(torch.float64, "soft"), slow(torch.float16, "hard"), slow(torch.bfloat16, "soft"),
+    ],
+)  # fmt: skip
 def test_dtypes_and_resets(dtype: torch.dtype, reset: str) -> None:
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         out = nj.multistep(nj.neurons.LIF, x, reset=reset, surrogate=nj.surrogates.Sigmoid)
@@ -144,8 +151,10 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [*((kind, "aot_eager") for kind in LAYOUTS), *(slow(kind, "inductor") for kind in LAYOUTS)],
+)
 def test_layouts(kind: str, backend: str) -> None:
     """Inside a graph too: what the fake kernel promises is what the kernel gives."""
 

@@ -6,11 +6,13 @@ import os
 import random
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support import slow
 
 import neuronjit as nj
 from neuronjit.cache import store
@@ -19,7 +21,7 @@ from neuronjit.kernels.render import render_specs
 from neuronjit.kernels.spec import KernelSpec
 from neuronjit.kernels.targets import cpu, cuda
 
-ARCHS = (pytest.param("sm_75", marks=pytest.mark.slow), "sm_90")
+ARCHS = (slow("sm_75"), "sm_90")
 MODELS = ("if", "lif", "lif_no_decay", "plif", "plif_no_decay", "qif", "izhikevich", "eif")
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 
@@ -65,11 +67,9 @@ def exported(symbols_of: str, path: Path, **choices: object) -> list[str]:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("neuron", SEED_NEURONS)
+@pytest.mark.parametrize("neuron", [n if n == "plif" else slow(n) for n in SEED_NEURONS])
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize(
-    "surrogates", [SEED_SURROGATES[:1], pytest.param(SEED_SURROGATES[1:], marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("surrogates", [SEED_SURROGATES[:1], slow(SEED_SURROGATES[1:])])
 def test_nvrtc_compiles_the_default_export(
     surrogates: tuple[str, ...], arch: str, neuron: str, tmp_path: Path
 ) -> None:
@@ -102,18 +102,34 @@ def test_what_is_ours_in_a_step_ends_in_an_underscore() -> None:
         assert words == {"some_"} | {"abs_", "fma_", "finite_quotient_", "divide_"} & words
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_the_host_compiles_the_same_kernels(model: str, tmp_path: Path) -> None:
+KINDS = [*itertools.product(("hard", "soft"), (True, False), ("float32", "float16"))]
+
+
+def host_compiles(chosen: Iterable[tuple[Any, ...]], folder: Path) -> None:
+    """Of each (model, surrogate, reset, detach_reset, dtype), both directions."""
     specs = {
-        KernelSpec.of(
-            model, "cpu", direction, surrogate, reset, detach, dtype, interval=4, lanes=64
-        )
-        for direction, surrogate, reset, detach, dtype in itertools.product(
-            ("forward", "backward"), SEED_SURROGATES, ("hard", "soft"), (True, False),
-            ("float32", "float16"),
-        )
-    }  # fmt: skip
-    host(render_specs(sorted(specs, key=lambda s: s.symbol)), tmp_path, "-O0")
+        KernelSpec.of(model, "cpu", direction, *others, interval=4, lanes=64)
+        for direction, (model, *others) in itertools.product(("forward", "backward"), chosen)
+    }
+    host(render_specs(sorted(specs, key=lambda s: s.symbol)), folder, "-O0")
+
+
+def test_the_host_compiles_the_same_kernels(tmp_path: Path) -> None:
+    """Each model with each surrogate and each kind, and each surrogate with each kind."""
+    host_compiles(
+        [
+            (model, surrogate, *KINDS[(row + column) % len(KINDS)])
+            for row, model in enumerate(MODELS)
+            for column, surrogate in enumerate(SEED_SURROGATES)
+        ],
+        tmp_path,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_the_host_compiles_all_of_them(model: str, tmp_path: Path) -> None:
+    host_compiles(((model, s, *kind) for s in SEED_SURROGATES for kind in KINDS), tmp_path)
 
 
 def sample(target: str, count: int) -> list[KernelSpec]:
@@ -144,17 +160,18 @@ def sample(target: str, count: int) -> list[KernelSpec]:
     return list(found.values())
 
 
-SAMPLES = [slice(16), pytest.param(slice(16, 60), marks=pytest.mark.slow)]
+SAMPLES = [slice(6), slow(slice(6, 60))]
+each_sample = pytest.mark.parametrize("some", SAMPLES, ids=["6", "54 more"])
 
 
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("some", SAMPLES, ids=["16", "44 more"])
+@each_sample
 def test_nvrtc_compiles_a_sample_of_everything(some: slice, arch: str) -> None:
     nvrtc(render_specs(sample("cuda", 60)[some]), arch)
 
 
-@pytest.mark.parametrize("some", SAMPLES, ids=["16", "44 more"])
+@each_sample
 def test_the_host_compiles_a_sample_of_everything(some: slice, tmp_path: Path) -> None:
     host(render_specs(sample("cpu", 60)[some]), tmp_path)
 

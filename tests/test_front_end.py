@@ -36,11 +36,7 @@ def in_cpp(tensor: Tensor) -> bool:
     return "Multistep" in tensor.grad_fn.name() and type(tensor.grad_fn).__name__ == "CppFunction"
 
 
-@each_device
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["float64", "float16"])
-@pytest.mark.parametrize("arriving", [None, ["s"], ["v_seq"], ["v_last"]], ids=str)
-@pytest.mark.parametrize("model", ["LIF", "PLIF", "IZHIKEVICH"])
-def test_warm_calls(model: str, arriving: Any, dtype: torch.dtype, device: str) -> None:
+def check_warm_calls(model: str, arriving: Any, dtype: torch.dtype, device: str) -> None:
     x = inputs((20, 41), dtype).requires_grad_()
     state = {name: value.requires_grad_() for name, value in starts(model, (41,)).items()}
     given: dict[str, Any] = {"v_threshold": torch.tensor(0.9, requires_grad=True)}
@@ -49,6 +45,29 @@ def test_warm_calls(model: str, arriving: Any, dtype: torch.dtype, device: str) 
     for call in range(3):
         out = check(model, x, state, device=device, arriving=arriving, **given)
         assert in_cpp(out.spikes) == (call > 0)
+
+
+@each_device
+@pytest.mark.parametrize(
+    ("model", "arriving", "dtype"),
+    [
+        ("LIF", None, torch.float64),
+        ("LIF", ["v_last"], torch.float16),
+        ("PLIF", ["s"], torch.float64),
+        ("IZHIKEVICH", ["v_seq"], torch.float64),
+    ],
+)
+def test_warm_calls(model: str, arriving: Any, dtype: torch.dtype, device: str) -> None:
+    check_warm_calls(model, arriving, dtype, device)
+
+
+@pytest.mark.slow
+@each_device
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["float64", "float16"])
+@pytest.mark.parametrize("arriving", [None, ["s"], ["v_seq"], ["v_last"]], ids=str)
+@pytest.mark.parametrize("model", ["LIF", "PLIF", "IZHIKEVICH"])
+def test_all_warm_calls(model: str, arriving: Any, dtype: torch.dtype, device: str) -> None:
+    check_warm_calls(model, arriving, dtype, device)
 
 
 LAYOUTS = {

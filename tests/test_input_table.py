@@ -7,6 +7,7 @@ an ordinary call. A good call follows every cell: the process and the CUDA conte
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 import warnings
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import DTYPES, each_device, inputs, library_model
+from support import DTYPES, each_device, inputs, library_model, slow
 from torch import Tensor
 
 import neuronjit as nj
@@ -399,25 +400,32 @@ TABLE |= {name: refused(error, words, do) for name, (do, error, words) in REFUSE
 counted = {"right": 0, "cells": 0}
 
 
+CELLS = [*itertools.product(MODELS, DTYPES)]
+QUICK = [cell for cell in CELLS if cell[0] == "LIF" or cell[1] == torch.float32]
+
+
 @pytest.mark.filterwarnings("ignore")
 @each_device
 @pytest.mark.parametrize("row", TABLE)
-def test_table(row: str, device: str) -> None:
+@pytest.mark.parametrize(
+    "cells", [QUICK, slow([cell for cell in CELLS if cell not in QUICK])], ids=["", "others"]
+)
+def test_table(cells: list[tuple[str, torch.dtype]], row: str, device: str) -> None:
+    """LIF in every dtype and every model in float32; the others are slow."""
     wrong = []
-    for name in MODELS:
-        for dtype in DTYPES:
-            model, x = library_model(name), inputs((6, 8), dtype).to(device)
-            want = run(model, x).spikes
-            counted["cells"] += 1
-            try:
-                TABLE[row](model, x)
-                assert torch.equal(run(model, x).spikes, want)
-            except (Exception, pytest.fail.Exception) as error:
-                said = f"{type(error).__name__}: {error}"
-                wrong.append(f"{name} {dtype}: {said:.300}")
-            else:
-                counted["right"] += 1
-    assert not wrong, f"{len(wrong)} of {len(MODELS) * len(DTYPES)} cells:\n" + "\n".join(wrong)
+    for name, dtype in cells:
+        model, x = library_model(name), inputs((6, 8), dtype).to(device)
+        want = run(model, x).spikes
+        counted["cells"] += 1
+        try:
+            TABLE[row](model, x)
+            assert torch.equal(run(model, x).spikes, want)
+        except (Exception, pytest.fail.Exception) as error:
+            said = f"{type(error).__name__}: {error}"
+            wrong.append(f"{name} {dtype}: {said:.300}")
+        else:
+            counted["right"] += 1
+    assert not wrong, f"{len(wrong)} of {len(cells)} cells:\n" + "\n".join(wrong)
 
 
 def test_count(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Manifests: what a run used, through JSON and back; and what a hostile one can bring (nothing)."""
 
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from cachekit import BARE
+from cachekit import BARE, crowd
 
 import neuronjit as nj
 from neuronjit import cli
@@ -118,24 +119,17 @@ def test_a_file_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch):
     assert out.spikes.shape == (4, 10)
 
 
-WRITER = f"""{BARE}
-from neuronjit.kernels import manifest
-from neuronjit.kernels.spec import KernelSpec
-for i in range(32):
-    dtype = ("float32", "float64", "float16", "bfloat16")[i // 8]
-    k = 2 ** (i % 8)
-    spec = KernelSpec.of("lif", "cpu", "forward", "atan", "hard", False, dtype, interval=k)
-    manifest.record(spec, "x86-64-v" + sys.argv[1])
-"""
+def record(number, path):
+    os.environ["NEURONJIT_RECORD"] = path
+    for dtype, k in itertools.product(("float32", "float64", "float16", "bfloat16"), range(8)):
+        wanted = KernelSpec.of("lif", "cpu", "forward", "atan", "hard", False, dtype, interval=2**k)
+        manifest.record(wanted, f"x86-64-v{2 + number % 3}")
 
 
 def test_processes_append_whole_lines(tmp_path):
     path = tmp_path / "kernels.jsonl"
     path.write_text("{")  # the end of a run that was cut short
-    environment = {**os.environ, "NEURONJIT_RECORD": str(path)}
-    commands = [[sys.executable, "-c", WRITER, str(2 + i % 3)] for i in range(4)]
-    writers = [subprocess.Popen(command, env=environment) for command in commands]
-    assert [writer.wait(timeout=120) for writer in writers] == [0] * 4
+    crowd(4, record, str(path))
     with pytest.raises(nj.SpecError, match="line 1: "):
         manifest.read(str(path))
     path.write_bytes(path.read_bytes()[2:])

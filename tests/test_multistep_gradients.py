@@ -8,7 +8,7 @@ from collections.abc import Callable
 import oracle
 import pytest
 import torch
-from support import assert_near, assert_same_bits, check, each_device, inputs, leaf, starts
+from support import assert_near, assert_same_bits, check, each_device, inputs, leaf, slow, starts
 from torch import Tensor
 
 import neuronjit as nj
@@ -77,7 +77,7 @@ w = w * b + 0.1 * s
 
 @each_device
 @pytest.mark.parametrize("backend", [None, "eager"])
-@pytest.mark.parametrize("steps", [1, 2, 9])
+@pytest.mark.parametrize("steps", [slow(1), slow(2), 9])
 @pytest.mark.parametrize(
     "arriving",
     ["s", "v_last", "h_seq", "w_last", "w_seq", "z_last", "z_seq", "q_last", "s+z_last", "q_seq"],
@@ -207,9 +207,9 @@ def test_parameters_of_inputs_in_other_layouts(layout: str, device: str) -> None
 
 @each_device
 @pytest.mark.parametrize(
-    "model", ["PLIF", "QIF", "EIF", "IZHIKEVICH", "alif", "clif", "refractory"]
+    "model", [slow("PLIF"), "QIF", "EIF", slow("IZHIKEVICH"), slow("alif"), "clif", "refractory"]
 )
-@pytest.mark.parametrize("reset", ["hard", "soft"])
+@pytest.mark.parametrize("reset", ["hard", slow("soft")])
 def test_every_parameter_learns(model: str, reset: str, device: str) -> None:
     """Each parameter of each model, as a tensor for all neurons."""
     own = oracle.MODELS[model]

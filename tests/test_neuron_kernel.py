@@ -12,16 +12,20 @@ import oracle
 import pytest
 import torch
 from seedkit import NEURONS, NUMBERS, call, compare
-from support import DTYPES, assert_near, each_device, each_reset, inputs, starts
+from support import DTYPES, assert_near, each_device, inputs, slow, starts
 
 import neuronjit as nj
 
 OTHERS = ("FastSigmoid", "SpikeRateEscape", "Gaussian", "Tanh")  # of snnTorch and Norse
 
 
+each_way = pytest.mark.parametrize(
+    ("reset", "detach"), [("hard", False), ("soft", True), slow("hard", True), slow("soft", False)]
+)
+
+
 @each_device
-@each_reset
-@pytest.mark.parametrize("detach", [False, True])
+@each_way
 @pytest.mark.parametrize("neuron", NEURONS)
 def test_the_six_functions(neuron: str, reset: str, detach: bool, device: str) -> None:
     """Argument order, shapes and values of every return, and all gradients."""
@@ -106,8 +110,7 @@ def test_unknown_surrogate_object_names_the_known() -> None:
 
 
 @pytest.mark.peers("spikingjelly")
-@each_reset
-@pytest.mark.parametrize("detach", [False, True])
+@each_way
 @pytest.mark.parametrize("neuron", NEURONS)
 def test_spikingjelly_itself_agrees(neuron: str, reset: str, detach: bool) -> None:
     """SpikingJelly 2's own functions, with the very same surrogate object."""

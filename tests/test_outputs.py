@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import each_device
+from support import each_device, slow
 from torch import Tensor
 
 import neuronjit as nj
@@ -114,8 +114,15 @@ def model(name: str) -> nj.NeuronModel:
 
 @each_device
 @pytest.mark.parametrize("backend", [None, "eager"])
-@pytest.mark.parametrize("spiking", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("spiking", "dtype"),
+    [
+        (True, torch.float32),
+        (False, torch.float64),
+        slow(True, torch.float64),
+        slow(False, torch.float32),
+    ],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_as_written_out(
     name: str, dtype: torch.dtype, spiking: bool, backend: str | None, device: str

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("packaging")  # one worker builds, for all of them
 ROOT = Path(__file__).parent.parent
 TEMPLATES = sorted(path.name for path in (ROOT / "templates").iterdir())
 TYPED = textwrap.dedent(

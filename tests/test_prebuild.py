@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import slow
 
 import neuronjit as nj
 from neuronjit import cli
@@ -159,9 +160,20 @@ SIZES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("target", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", ["lif", "plif", "izhikevich"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+EVERY = [
+    *itertools.product(
+        ("cpu", "cuda"), ("lif", "plif", "izhikevich"), ("float32", "float16", "float64")
+    )
+]
+QUICK = [
+    ("cpu", "lif", "float32"), ("cpu", "izhikevich", "float64"),
+    ("cuda", "lif", "float16"), ("cuda", "plif", "float32"), ("cuda", "izhikevich", "float32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "dtype"), [row if row in QUICK else slow(*row) for row in EVERY]
+)
 def test_choices_cover_what_calls_look_up(monkeypatch, target, name, dtype):
     """Training on tensors without memory, of many sizes, aligned and not: what it asks for."""
     asked = set()

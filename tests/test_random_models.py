@@ -21,7 +21,7 @@ from neuronjit.kernels.targets import cpu
 
 # most of the time would be the compiler's
 QUICKLY = tuple("-O1" if flag == "-O3" else flag for flag in cpu.FLAGS)
-ORDINARY, ALL = 60, int(os.environ.get("RANDOM_MODELS", "360"))
+ORDINARY, ALL = 30, int(os.environ.get("RANDOM_MODELS", "360"))
 VALUES, GRADIENTS = 1e-9, 1e-7
 # a potential this near to the threshold may fall on either side
 NEAR = {torch.float64: 1e-9, torch.float32: 1e-3}
