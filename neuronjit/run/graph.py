@@ -72,7 +72,7 @@ def multistep(
     tensors = [value for value in values.values() if isinstance(value, Tensor)]
     numbers = [value for value in values.values() if not isinstance(value, Tensor)]
     changing = []
-    for name, number in zip(surrogate.params, surrogate.values, strict=True):
+    for name, number in zip(dict(surrogate.params), surrogate.values, strict=True):
         if has_static_value(number):
             numbers.append(number)
         else:  # on the CPU: it becomes an argument of the kernel, whose code reads no tensor for it
