@@ -257,14 +257,19 @@ def _read(node: Any, row: Row) -> tuple[NeuronModel, Surrogate]:
     if node.state_quant:
         raise SpecError("state_quant is set, and kernels do not quantise states")
     step = node.state_function  # chosen when the neuron was made; later ones of the user's are not
-    before = getattr(step, "__name__", "").removeprefix("_base_")
-    own = getattr(step, "__self__", None) is node and before in row.charge
-    if not own:
+    before = next((b for b in row.charge if _same(step, getattr(node, f"_base_{b}"))), "")
+    if not before:
         raise SpecError("its state_function is no method of its own that is known")
     after = "none" if getattr(node, "reset_delay", True) else node.reset_mechanism
     if after != "none" and row.name == "RSynaptic":  # it raises, or resets what it does not return
         raise SpecError("reset_delay=False, which the RSynaptic of snnTorch 1.0.0 does not do")
     return _model(row, before, after, _wiring(node, row)), _surrogate(node.spike_grad)
+
+
+def _same(step: Any, own: Any) -> Any:
+    """Whether both are one method: Dynamo tells it one way in torch 2.6, the other in 2.13."""
+    held = getattr(step, "__self__", None), getattr(step, "__func__", None)
+    return step == own or (held[0] is own.__self__ and held[1] is own.__func__)
 
 
 def _wiring(node: Any, row: Row) -> str:
@@ -299,7 +304,8 @@ def _run(node: Any, row: Row, x_seq: Tensor, args: Any, kwargs: Any, every: bool
     As in snnTorch, a state of another shape than the input's starts at zero. SpecError or
     InputTypeError where kernels cannot.
     """
-    for name, value in {**dict(zip(row.states, args, strict=False)), **kwargs}.items():
+    given = dict(zip(row.states[: len(args)], args, strict=True))
+    for name, value in {**given, **kwargs}.items():
         if value is not None:
             setattr(node, name, value)
     keys = {name: "v" if name == "mem" else name for name in row.states}
