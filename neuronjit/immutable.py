@@ -27,6 +27,8 @@ class ReadOnly(dict[str, float]):
     """Names and numbers that can be read only; a dict, so that JSON and `**` take it as one.
 
     `advice` is the end of every refusal; "{change}" in it stands for what was tried: tau=4.0.
+    Code that torch.compile traces reads it through `dict(...)`: Dynamo of torch 2.6 follows `in`
+    and that, but no loop over it.
     """
 
     def __init__(self, values: Mapping[str, float], advice: str) -> None:

@@ -133,7 +133,7 @@ _BUILT_IN = {s.name: s for s in list(globals().values()) if isinstance(s, Surrog
 
 def by_name(name: str) -> Surrogate:
     """A built-in surrogate by its name, in any case: `by_name("atan")`. Raises SpecError."""
-    for key, surrogate in (_BUILT_IN | {"Triangle": Triangle}).items():
+    for key, surrogate in {**_BUILT_IN, "Triangle": Triangle}.items():
         if key.lower() == str(name).lower():
             return surrogate
     if str(name).lower() == "squarewavefourierseries":
@@ -163,4 +163,4 @@ def as_surrogate(given: Any) -> Surrogate:
     if kind == "SquarewaveFourierSeries":
         return SquarewaveFourierSeries(given.n, given.T_period, spiking=given.spiking)
     ours = by_name(kind)
-    return ours(spiking=given.spiking, **{p: getattr(given, p) for p in ours.params})
+    return ours(spiking=given.spiking, **{p: getattr(given, p) for p in ours.names})

@@ -345,7 +345,7 @@ def test_no_collection_within_can_be_changed(value: Any) -> None:
     """Whatever the attribute, whatever the method that would change it."""
     before, tried = everything(value), 0
     mutators = {n for n in dir(MutableMapping) if hasattr(dict, n)} - set(dir(Mapping))
-    for held in vars(value).values():
+    for held in (*vars(value).values(), value.params):
         assert not isinstance(held, list | set | bytearray)
         if isinstance(held, Mapping):
             (name, number), tried = next(iter(held.items())), tried + 1

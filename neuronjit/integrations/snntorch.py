@@ -42,11 +42,6 @@ class Row(NamedTuple):
     params: tuple[str, ...]  # attributes; each neuron has threshold and graded_spikes_factor too
     charge: Mapping[str, str]  # by what is done after a spike: "sub", "zero", "int" (nothing)
 
-    @property
-    def returned(self) -> list[str]:
-        """The states that `forward` returns after the spikes."""
-        return [name for name in self.states if name != "spk"]
-
 
 _SYN = "syn = clamp(alpha, 0, 1) * syn + x\n"
 _ALPHA = """
@@ -246,14 +241,24 @@ def _read(node: Any, row: Row) -> tuple[NeuronModel, Surrogate]:
     if node.state_quant:
         raise SpecError("state_quant is set, and kernels do not quantise states")
     step = node.state_function  # chosen when the neuron was made; later ones of the user's are not
-    before = getattr(step, "__name__", "").removeprefix("_base_")
-    own = getattr(step, "__self__", None) is node and before in row.charge
-    if not own:
+    known = [name for name in row.charge if _same(step, getattr(node, f"_base_{name}"))]
+    if not known:
         raise SpecError("its state_function is no method of its own that is known")
     after = "none" if getattr(node, "reset_delay", True) else node.reset_mechanism
     if after != "none" and row.name == "RSynaptic":  # it raises, or resets what it does not return
         raise SpecError("reset_delay=False, which the RSynaptic of snnTorch 1.0.0 does not do")
-    return _model(row, before, after, _wiring(node, row)), _surrogate(node.spike_grad)
+    return _model(row, known[0], after, _wiring(node, row)), _surrogate(node.spike_grad)
+
+
+def _same(step: Any, own: Any) -> Any:
+    """Whether both are one method: Dynamo tells it one way in torch 2.6, the other in 2.13."""
+    held = getattr(step, "__self__", None), getattr(step, "__func__", None)
+    return step == own or (held[0] is own.__self__ and held[1] is own.__func__)
+
+
+def _returned(row: Row) -> list[str]:
+    """The states that `forward` returns after the spikes."""
+    return [name for name in row.states if name != "spk"]
 
 
 def _wiring(node: Any, row: Row) -> str:
@@ -288,7 +293,8 @@ def _run(node: Any, row: Row, x_seq: Tensor, args: Any, kwargs: Any, every: bool
     As in snnTorch, a state of another shape than the input's starts at zero. SpecError or
     InputTypeError where kernels cannot.
     """
-    for name, value in {**dict(zip(row.states, args, strict=False)), **kwargs}.items():
+    given = dict(zip(row.states[: len(args)], args, strict=True))
+    for name, value in {**given, **kwargs}.items():
         if value is not None:
             setattr(node, name, value)
     keys = {name: "v" if name == "mem" else name for name in row.states}
@@ -356,7 +362,7 @@ class Methods:
         spikes = (node.spk if "spk" in row.states else out.spikes[0]).float()
         if node.init_hidden and not node.output:
             return spikes
-        return (spikes, *(getattr(node, name) for name in row.returned))
+        return (spikes, *(getattr(node, name) for name in _returned(row)))
 
 
 class Sequence(torch.nn.Module):
@@ -418,5 +424,5 @@ class Sequence(torch.nn.Module):
         if node.init_hidden and not node.output:
             return spikes
         if self.every_state:
-            return (spikes, *(out.record["v" if n == "mem" else n] for n in row.returned))
-        return (spikes, *(getattr(node, name) for name in row.returned))
+            return (spikes, *(out.record["v" if n == "mem" else n] for n in _returned(row)))
+        return (spikes, *(getattr(node, name) for name in _returned(row)))

@@ -228,7 +228,7 @@ class KernelSpec:
     @cached_property
     def numbers_of_surrogate(self) -> tuple[str, ...]:
         """The surrogate's parameters, where the kernel evaluates the surrogate at all."""
-        return tuple(self.surrogate.params) if self.surrogate else ()
+        return self.surrogate.names if self.surrogate else ()
 
     @cached_property
     def is_large(self) -> bool:

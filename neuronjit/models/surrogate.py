@@ -37,7 +37,7 @@ class Surrogate(Immutable):
     name: str
     derivative: str
     primitive: str | None
-    params: Mapping[str, float]
+    names: tuple[str, ...]  # of params
     values: tuple[float, ...]  # of params
     spiking: bool
     derivative_tree: Node
@@ -60,16 +60,17 @@ class Surrogate(Immutable):
         spiking: bool = True,
     ) -> None:
         check_label(name, "surrogate name")
-        names = [check_name(p, "surrogate parameter") for p in params or {}]
+        names = tuple(check_name(p, "surrogate parameter") for p in params or {})
         if "u" in names:
             reason = "'u' is the distance to the threshold, not a parameter"
             raise SpecError(f"surrogate '{name}': {reason}")
         readable = {"u", *names}
-        identity = (name, derivative, primitive, tuple(names))
+        identity = (name, derivative, primitive, names)
         form = dict(
             name=name,
             derivative=derivative,
             primitive=primitive,
+            names=names,
             derivative_tree=parse_expression(derivative, readable),
             primitive_tree=None if primitive is None else parse_expression(primitive, readable),
             form=self,
@@ -93,12 +94,16 @@ class Surrogate(Immutable):
         if not spiking and self.primitive is None:
             reason = "has no primitive, so spiking=False has no output to give"
             raise SpecError(f"surrogate '{self.name}' {reason}")
-        advice = f"surrogates are immutable: {self.name}({{change}}) gives another one"
-        self._keep(
-            params=ReadOnly(numbers, advice),
-            values=tuple(numbers.values()),
-            spiking=bool(spiking),
-        )
+        self._keep(values=tuple(numbers.values()), spiking=bool(spiking))
+
+    @property
+    def params(self) -> Mapping[str, float]:
+        """The numbers by name, to be read only."""
+        return ReadOnly(self._numbers(), f"surrogates are immutable: {self.name}{_ANOTHER}")
+
+    def _numbers(self) -> dict[str, float]:
+        """As `params`, for torch.compile too: Dynamo of torch 2.6 makes no dict of another type."""
+        return dict(zip(self.names, self.values, strict=True))
 
     def _keep(self, **attributes: Any) -> None:
         """While the object is made. Dynamo of torch 2.11 follows no `__dict__.update`."""
@@ -114,14 +119,14 @@ class Surrogate(Immutable):
             params = self._in_order(numbers, params)
         other = object.__new__(Surrogate)
         other._keep(**{name: getattr(self, name) for name in self._shared})
-        other._set(dict(self.params), params, self.spiking if spiking is None else spiking)
+        other._set(self._numbers(), params, self.spiking if spiking is None else spiking)
         return other
 
     def _in_order(self, numbers: tuple[float, ...], params: dict[str, float]) -> dict[str, float]:
-        if len(numbers) > len(self.params):
-            given = f"surrogate '{self.name}' takes {len(self.params)} numbers, got {len(numbers)}"
-            raise SpecError(f"{given}. {known(self.params)}")
-        placed = dict(zip(self.params, numbers, strict=False))
+        if len(numbers) > len(self.names):
+            given = f"surrogate '{self.name}' takes {len(self.names)} numbers, got {len(numbers)}"
+            raise SpecError(f"{given}. {known(self.names)}")
+        placed = dict(zip(self.names[: len(numbers)], numbers, strict=True))
         if twice := placed.keys() & params.keys():
             raise SpecError(f"surrogate '{self.name}': {sorted(twice)} given twice")
         return placed | params
@@ -132,7 +137,7 @@ class Surrogate(Immutable):
             "name": self.name,
             "derivative": self.derivative,
             "primitive": self.primitive,
-            "params": dict(self.params),
+            "params": self._numbers(),
             "spiking": self.spiking,
         }
 
@@ -149,8 +154,8 @@ class Surrogate(Immutable):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the constructor's arguments: str hashes differ between processes."""
-        form = self.name, self.derivative, self.primitive, dict(self.form.params)
-        return _unpickle, (form, dict(self.params), self.spiking)
+        form = self.name, self.derivative, self.primitive, self.form._numbers()
+        return _unpickle, (form, self._numbers(), self.spiking)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Surrogate):
@@ -164,7 +169,7 @@ class Surrogate(Immutable):
         return self._hash
 
     def __str__(self) -> str:
-        numbers = "".join(f"{k}={v:g}, " for k, v in self.params.items())
+        numbers = "".join(f"{k}={v:g}, " for k, v in self._numbers().items())
         return f"{self.name}({numbers}spiking={self.spiking})"
 
     def __repr__(self) -> str:

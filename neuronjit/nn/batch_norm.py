@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ class Norm:
 
     def hide(self) -> None:
         """Leave the norm of a network to the neuron that follows it there."""
-        self.norm.forward = self._pass_on
+        self.norm.forward = partial(Norm._pass_on, self)
         self.hidden = True
 
     def _pass_on(self, x: Tensor) -> Tensor:

@@ -217,7 +217,7 @@ class Neuron(torch.nn.Module):
             whole = (isinstance(i, Tensor) and i.dim() == x.dim() for i in inputs)
             inputs = tuple(i.unsqueeze(0) if w else i for i, w in zip(inputs, whole, strict=True))
             x = x.unsqueeze(0)
-        params = {name: getattr(self, name) for name in self.model.params}
+        params = {name: getattr(self, name) for name in dict(self.model.params)}
         if self.channels is not None and isinstance(x, Tensor):
             params = {
                 name: self._per_channel(value, x) if isinstance(value, Tensor) else value
@@ -299,7 +299,7 @@ class Neuron(torch.nn.Module):
 
     def reset(self) -> None:
         """Forget the state and the stored sequence."""
-        self._memories.update(dict.fromkeys(self.model.state))
+        self._memories.update(dict.fromkeys(dict(self.model.state)))
         self._assigned.clear()
         if self.v_seq is not None:
             self.v_seq = None

@@ -99,7 +99,7 @@ def settle(
         checks.as_flag("final_state", final_state),
         as_backend(backend),
     )
-    given = {**model.state, **state, **model.params, **params}
+    given = {**dict(model.state), **state, **dict(model.params), **params}
     values = {name: checks.check_value(model, name, given[name], x) for name in model.arguments}
     checks.check_reset(call.reset, values)
     return call, values

@@ -218,4 +218,5 @@ def check_tensor(model: NeuronModel, name: str, value: Tensor, x: Tensor) -> Non
 def _broadcasts(given: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     if len(given) > len(shape):
         return False
-    return all(g in (1, s) for g, s in zip(given[::-1], shape[::-1], strict=False))
+    last = shape[len(shape) - len(given) :]
+    return all(g in (1, s) for g, s in zip(given, last, strict=True))

@@ -72,7 +72,7 @@ def multistep(
     tensors = [value for value in values.values() if isinstance(value, Tensor)]
     numbers = [value for value in values.values() if not isinstance(value, Tensor)]
     changing = []
-    for name, number in zip(surrogate.params, surrogate.values, strict=True):
+    for name, number in zip(surrogate.names, surrogate.values, strict=True):
         if has_static_value(number):
             numbers.append(number)
         else:  # on the CPU: it becomes an argument of the kernel, whose code reads no tensor for it
@@ -183,7 +183,7 @@ def _find(
             name: given[name] if name in given else next(rest) for name in model.arguments
         }
         changed = dict(zip(told.changing, alphas, strict=True))
-        alpha: Any = {p: changed[p] if p in changed else next(rest) for p in form.params}
+        alpha: Any = {p: changed[p] if p in changed else next(rest) for p in form.names}
         surrogate = form(**alpha)
         call = told.call._replace(surrogate=surrogate, backend=backend)
         checks.check_input(x)

@@ -152,7 +152,7 @@ def output(call: Call, outputs: Sequence[Tensor]) -> Output:
     record = call.record
     if not call.final_state:
         return Output(outputs[0], NO_STATE, dict(zip(record, outputs[1:], strict=True)))
-    states = call.model.state
+    states = dict(call.model.state)
     last = 1 + len(states)
     return Output(
         outputs[0],
