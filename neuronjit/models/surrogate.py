@@ -99,7 +99,8 @@ class Surrogate(Immutable):
     @property
     def params(self) -> Mapping[str, float]:
         """The numbers by name, to be read only."""
-        return ReadOnly(self._numbers(), f"surrogates are immutable: {self.name}{_ANOTHER}")
+        advice = f"surrogates are immutable: {self.name}({{change}}) gives another one"
+        return ReadOnly(self._numbers(), advice)
 
     def _numbers(self) -> dict[str, float]:
         """As `params`, for torch.compile too: Dynamo of torch 2.6 makes no dict of another type."""
