@@ -297,10 +297,13 @@ class _TwoPasses:
     def __init__(self, plan: KernelPlan, residual: str | None) -> None:
         self.plan, self.call, self.final = plan, plan.call, plan.final
         self.prepare, self.forward = plan.prepare, plan.forward
-        self.compiled = None
         at = plan.given.index
         self._weight, self._bias, self._sum, self._scaled = map(at, (*_AFFINE[2:], *_SUMS))
         self._after = at("skip") if residual == "after" else None
+        self.compiled = plan.compiled
+        if self.compiled is not None:
+            own = self._weight, self._bias, self._sum, self._scaled, self._after
+            self.compiled.twice(*own)
 
     def backward(
         self,
