@@ -20,7 +20,8 @@ from support import check, each_device, inputs, starts
 from torch import Tensor
 
 import neuronjit as nj
-from neuronjit.run import front_end
+from neuronjit.nn import batch_norm
+from neuronjit.run import front_end, normed
 from neuronjit.run.plan import plans
 
 
@@ -128,6 +129,39 @@ def warm(x: Tensor, **options: Any) -> Any:
         out = nj.multistep("lif", x, **options)
         torch.autograd.grad(out.spikes.sum(), x)
     return nj.multistep("lif", x, **options)
+
+
+@each_device
+@pytest.mark.parametrize("residual", [None, "before", "after"])
+def test_a_batch_norm_in_two_passes(
+    residual: str | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against torch's batch norm and autograd of an IF neuron that never resets nor rounds."""
+    monkeypatch.setattr(batch_norm, "_pays", lambda x: True)
+    monkeypatch.setattr(normed, "_one_pass", lambda x: True)
+    torch.manual_seed(0)
+    norms = [torch.nn.BatchNorm2d(6).to(device, torch.float64) for _ in range(2)]
+    integrate = nj.NeuronModel("integrate", "v = v + x\nh = v\ny = v * v", state=dict(v=0.0))
+    layer = nj.nn.NormedNeuron(norms[1], nj.nn.Neuron(integrate), residual)
+    for batch in range(3):
+        data = [torch.randn(4, 2, 6, 4, 4, dtype=torch.float64, device=device) for _ in range(3)]
+        x, skip, weight = (
+            data[0].mul_(2).add_(3).requires_grad_(),
+            data[1].requires_grad_(),
+            data[2],
+        )
+        layer.neuron.reset()
+        y = norms[0](x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        want = (y + skip if residual == "before" else y).cumsum(0).square()
+        want = want + skip if residual == "after" else want
+        got = layer(x, *([skip] if residual else []))
+        assert in_cpp(got) == (batch > 0)
+        torch.testing.assert_close(got, want)
+        found = []
+        for out, norm in zip((want, got), norms, strict=True):
+            leaves = [x, *norm.parameters(), *([skip] if residual else [])]
+            found.append([*torch.autograd.grad(out, leaves, weight), *norm.buffers()])
+        torch.testing.assert_close(*found)
 
 
 def test_gradients_that_are_not_plain() -> None:

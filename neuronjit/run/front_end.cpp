@@ -9,6 +9,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -100,12 +101,19 @@ struct Given {
 
 constexpr uint64_t FORWARD = ~uint64_t(0);
 
+// Which of a call's tensors a backward in two passes is about (normed.py): the first pass gives the
+// gradients of weight and bias, from which the second has its sums.
+struct Twice {
+  int64_t weight, bias, sum, scaled, after;  // after < 0: the output gets no residual
+};
+
 struct Plan : torch::CustomClassHolder {
   c10::Device device{c10::kCPU};
   at::ScalarType dtype, real;
   Sizes sequence, sequence_strides, step, step_strides;
   int64_t finals, records, checkpoints;  // checkpoints < 0: none
   std::vector<Given> given;
+  std::optional<Twice> twice;
   // By what arrives and is wanted (FORWARD: nothing does), and whether addresses are aligned. A
   // kernel that is loaded stays, and is added while others run.
   std::map<std::pair<uint64_t, bool>, Launch> launches;
@@ -226,7 +234,7 @@ bool run_forward(const Plan& plan, const Tensor& x, at::TensorList tensors, bool
 }
 
 // Gradients of x and of each tensor; nothing where the call is not plain.
-bool run_backward(const Plan& plan, const Tensor& x, const Tensor& checkpoints,
+bool run_pass(const Plan& plan, const Tensor& x, const Tensor& checkpoints,
                   const std::vector<Tensor>& tensors, const variable_list& grads,
                   const std::vector<bool>& wanted, variable_list& gradients) {
   if (!is_as(x, plan.sequence, plan.sequence_strides, plan.dtype, plan.device)) return false;
@@ -291,6 +299,31 @@ bool run_backward(const Plan& plan, const Tensor& x, const Tensor& checkpoints,
       gradient = at::sum_to(std::move(gradient), how.shape);
     }
   }
+  return true;
+}
+
+// The same, in the two passes of a plan that has them.
+bool run_backward(const Plan& plan, const Tensor& x, const Tensor& checkpoints,
+                  const std::vector<Tensor>& tensors, const variable_list& grads,
+                  const std::vector<bool>& wanted, variable_list& gradients) {
+  if (!plan.twice) return run_pass(plan, x, checkpoints, tensors, grads, wanted, gradients);
+  const auto& [weight, bias, sum, scaled, after] = *plan.twice;
+  std::vector<bool> first = wanted, only_x(wanted.size());
+  only_x[0] = wanted[0], first[0] = false;
+  first[1 + weight] = first[1 + weight] || wanted[0];
+  first[1 + bias] = first[1 + bias] || wanted[0];
+  if (after >= 0) first[1 + after] = false;  // what arrives at the output, as it is
+  variable_list found(wanted.size()), of_x(wanted.size());
+  if (!run_pass(plan, x, checkpoints, tensors, grads, first, found)) return false;
+  if (wanted[0]) {
+    std::vector<Tensor> summed = tensors;
+    summed[sum] = found[1 + bias], summed[scaled] = found[1 + weight];
+    if (!run_pass(plan, x, checkpoints, summed, grads, only_x, of_x)) return false;
+    found[0] = of_x[0];
+  }
+  if (after >= 0) found[1 + after] = grads[0];
+  for (size_t i = 0; i < wanted.size(); ++i)
+    if (wanted[i]) gradients[i] = found[i];
   return true;
 }
 
@@ -456,13 +489,18 @@ pybind11::object make_plan(int device, pybind11::object dtype, pybind11::object 
   return pybind11::reinterpret_steal<pybind11::object>(callable);
 }
 
+Plan& plan_of(pybind11::handle capsule) {
+  auto* plan = static_cast<Plan*>(PyCapsule_GetPointer(capsule.ptr(), nullptr));
+  TORCH_CHECK(plan, "no plan");
+  return *plan;
+}
+
 // A kernel that was loaded.
 void add_kernel(pybind11::object capsule, uint64_t asked, bool aligned, uintptr_t function,
                 std::vector<std::pair<int64_t, int64_t>> sources, std::string tail,
                 unsigned blocks, unsigned threads, bool parallel, std::vector<Sizes> parts,
                 std::vector<std::tuple<bool, bool, int64_t, int64_t>> results) {
-  auto* plan = static_cast<Plan*>(PyCapsule_GetPointer(capsule.ptr(), nullptr));
-  TORCH_CHECK(plan, "no plan");
+  Plan* plan = &plan_of(capsule);
   Launch launch{reinterpret_cast<void*>(function), nullptr, {}, tail, blocks, threads,
                 parallel, parts, {}};
   for (auto& [kind, index] : sources) launch.sources.push_back({kind, index});
@@ -474,6 +512,27 @@ void add_kernel(pybind11::object capsule, uint64_t asked, bool aligned, uintptr_
   }
   std::lock_guard<std::mutex> lock(plan->adding);
   plan->launches.emplace(std::make_pair(asked, aligned), std::move(launch));
+}
+
+// One pass of backward, without autograd; None where it is to run in Python.
+pybind11::object backward(pybind11::object capsule, Tensor x, std::optional<Tensor> checkpoints,
+                          std::vector<Tensor> tensors, std::vector<std::optional<Tensor>> grads,
+                          std::vector<bool> wanted) {
+  const Plan& plan = plan_of(capsule);
+  variable_list arrived, gradients(wanted.size());
+  for (auto& grad : grads) arrived.push_back(grad.value_or(Tensor()));
+  at::NoGradGuard no_grad;
+  bool done;
+  {
+    pybind11::gil_scoped_release no_gil;
+    Tensor kept = checkpoints.value_or(Tensor());
+    done = run_pass(plan, x, kept, tensors, arrived, wanted, gradients);
+  }
+  if (!done) return pybind11::none();
+  pybind11::list found;
+  for (const Tensor& g : gradients)
+    found.append(g.defined() ? pybind11::cast(g) : pybind11::object(pybind11::none()));
+  return found;
 }
 
 // Let the call that made this state know which layer passes it on.
@@ -501,6 +560,10 @@ extern "C" __attribute__((visibility("default"))) PyObject* neuronjit_front_end(
     functions["kinds"] = kinds;
     functions["plan"] = pybind11::cpp_function(make_plan);
     functions["add"] = pybind11::cpp_function(add_kernel);
+    functions["backward"] = pybind11::cpp_function(backward);
+    functions["twice"] = pybind11::cpp_function(
+        [](pybind11::object capsule, int64_t weight, int64_t bias, int64_t sum, int64_t scaled,
+           int64_t after) { plan_of(capsule).twice = Twice{weight, bias, sum, scaled, after}; });
     functions["note_carried"] = pybind11::cpp_function(note_carried);
     functions["after_fork"] = pybind11::cpp_function([] { forked = true; });
     return functions.release().ptr();

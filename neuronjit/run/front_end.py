@@ -171,6 +171,15 @@ class Compiled:
             plan.shape, plan.strides, len(plan.final), len(plan.call.record), kept, tensors,
         )  # fmt: skip
 
+    def backward(self, *given: Any) -> Any:
+        """As the plan's, of whose arguments it takes all; None: Python's turn."""
+        return self._made["backward"](self.call.__self__, *given)
+
+    def twice(self, weight: int, bias: int, sums: int, scaled: int, after: int | None) -> None:
+        """Let autograd's backward of the plan go twice over the sequence, as normed.py says."""
+        last = -1 if after is None else after
+        self._made["twice"](self.call.__self__, weight, bias, sums, scaled, last)
+
     def add(self, launch: Any, aligned: bool, arriving: Any) -> None:
         """A kernel was loaded: of forward, or of backward for these gradients."""
         plan, raw = self._plan, launch.kernel.raw(*launch.size)

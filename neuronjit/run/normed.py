@@ -25,8 +25,8 @@ from ..surrogates import StraightThrough
 from ..torch_private import tracing, transformed
 from . import checks, packed
 from .autograd import apply, find, multistep
-from .call import Output
-from .plan import Gradients, KernelPlan, backward, fall_back, output
+from .call import Output, signature
+from .plan import Gradients, KernelPlan, backward, fall_back, keep, output, plans
 
 _NORMED = """
 norm_scale = norm_invstd * norm_weight
@@ -105,57 +105,104 @@ def batch_statistics(
     momentum: float,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(variance + eps) of each channel of `[T, N, C, *]`.
+    """Mean and 1 / sqrt(variance + eps) of each channel of `[T, N, C, *]`, as `[1, C, *]`.
 
     The running mean and (unbiased) variance, where there are any, are brought on in place.
     """
-    flat = x.detach().flatten(0, 1)
-    count = flat.numel() // flat.shape[1]
-    unbiased = count / max(count - 1, 1)
-    sums = _sums(flat, backend or settings.backend()) if x.is_cuda else None
-    if sums is not None:
-        first, second, shift = sums
-        old_mean, old_var = running or (shift, second)
-        out = multistep(
-            _update_model(), first, second=second, shift=shift, old_mean=old_mean, old_var=old_var,
-            share=1 / count, eps=eps, unbiased=unbiased, momentum=momentum, final_state=False,
-            record=("mean", "invstd", "new_mean", "new_var"),
-        ).record  # fmt: skip
-        if running is not None:
-            torch._foreach_copy_(list(running), [out["new_mean"][0], out["new_var"][0]])
-        return out["mean"][0], out["invstd"][0]
-    mean, var = _moments(flat)
+    x = x.detach()
+    if _one_pass(x):
+        backend = backend or settings.backend()
+        old = () if running is None else (signature(running[0]), signature(running[1]))
+        key = (_Statistics, signature(x), eps, momentum, backend, old)
+        kept = plans.get(key) or keep(key, _Statistics(x, eps, running, momentum, backend))
+        if (found := kept.run(x, running)) is not None:
+            return found  # type: ignore[no-any-return]
+    mean, var = _moments(x.flatten(0, 1))
     if running is not None:
+        count = x.numel() // x.shape[2]
+        unbiased = var * (count / max(count - 1, 1))
         running[0].lerp_(mean.to(running[0]), momentum)
-        running[1].lerp_((var * unbiased).to(running[1]), momentum)
-    return mean, torch.rsqrt(var + eps)
+        running[1].lerp_(unbiased.to(running[1]), momentum)
+    sizes = _by_channel(x)
+    return mean.view(sizes), torch.rsqrt(var + eps).view(sizes)
 
 
-def _sums(flat: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Of each channel, `[1, C]`: the sums of x - shift and of its square; and shift, an x.
+def _one_pass(x: Tensor) -> bool:
+    """Whether our kernel is faster than torch.var_mean, which takes 3 to 18 passes on a GPU."""
+    return x.is_cuda
 
-    One pass, where torch.var_mean takes 3 to 18. None where no kernel is to be had.
-    """
-    channels = flat.shape[1]
-    steps = next(n for n in (4, 2, 1) if not flat.shape[0] % n)  # read together by a thread
-    x = flat.unflatten(0, (steps, -1))
-    shift = flat[0].reshape(channels, -1)[:, 0].to(checks.arithmetic(x.dtype)).contiguous()
-    own = shift.reshape(-1, *(1 for _ in flat.shape[2:]))
-    asked = dict(shift=own, first=own, second=own)  # the last two are not read
-    plan, tensors = find(
-        _moments_model(), x, {}, StraightThrough, "hard", False, (), True, backend, asked
-    )
-    if not isinstance(plan, KernelPlan):
-        return None
-    wanted = (False, False, True, True)
-    try:
-        _, _, first, second = plan.backward(x, None, tensors, (None, None), wanted)
-    except (BackendError, CompileError) as error:
-        fall_back(plan, error)
-        return None
-    if first is None or second is None:
-        return None
-    return first.reshape(1, channels), second.reshape(1, channels), shift.reshape(1, channels)
+
+def _by_channel(x: Tensor) -> tuple[int, ...]:
+    """The shape in which a number for each channel of `[T, N, C, *]` broadcasts to a step."""
+    return (1, x.shape[2], *(1 for _ in x.shape[3:]))
+
+
+class _Statistics:
+    """The plans of a batch's statistics: one pass for the sums over each channel, then the rest."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        eps: float,
+        running: tuple[Tensor, Tensor] | None,
+        momentum: float,
+        backend: str,
+    ) -> None:
+        frames, count = x.shape[0] * x.shape[1], x.numel() // x.shape[2]
+        steps = next(n for n in (4, 2, 1) if not frames % n)  # read together by a thread
+        self._shape = (steps, frames // steps, *x.shape[2:])
+        self._real, self._by_channel = checks.arithmetic(x.dtype), _by_channel(x)
+        shift = self._one_of_each(x)
+        old_mean, old_var = self._old(running) or (shift, shift)
+
+        def plan(model: NeuronModel, x: Tensor, record: tuple[str, ...], **given: Any) -> Any:
+            return find(
+                model, x, {}, StraightThrough, "hard", False, record, False, backend, given
+            )[0]
+
+        own = dict(shift=shift, first=shift, second=shift)  # the last two are not read
+        self._plans = (
+            plan(_moments_model(), x.reshape(self._shape), (), **own),
+            plan(
+                _update_model(), shift, ("mean", "invstd", "new_mean", "new_var"), second=shift,
+                shift=shift, old_mean=old_mean, old_var=old_var, share=1 / count, eps=eps,
+                unbiased=count / max(count - 1, 1), momentum=momentum,
+            ),
+        )  # fmt: skip
+        self._here = all(isinstance(plan, KernelPlan) for plan in self._plans)
+
+    def run(self, x: Tensor, running: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        """As `batch_statistics`; None where no kernel is to be had."""
+        if not self._here:
+            return None
+        moments, update = self._plans
+        shift = self._one_of_each(x)
+        own, wanted = (shift, shift, shift), (False, False, True, True)
+        try:
+            sums = moments.backward(x.reshape(self._shape), None, own, (None,), wanted)
+            _, _, first, second = sums
+            old = self._old(running) or (shift, second)
+            made = apply(update, first, (second, shift, *old))
+        except (BackendError, CompileError) as error:
+            for plan in self._plans:
+                fall_back(plan, error)
+            self._here = False
+            return None
+        _, mean, invstd, *new = made
+        if running is not None:
+            torch._foreach_copy_(old, new)
+        return mean, invstd
+
+    def _one_of_each(self, x: Tensor) -> Tensor:
+        """The first x of each channel: sums are about it."""
+        stride = [1] * len(self._by_channel)
+        stride[1] = x.stride(2)
+        return x.as_strided(self._by_channel, stride).to(self._real).contiguous()
+
+    def _old(self, running: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        if running is None:
+            return None
+        return running[0].view(self._by_channel), running[1].view(self._by_channel)
 
 
 def _moments(flat: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,30 +242,34 @@ def multistep_normed(
     Raises:
         As `multistep`.
     """
-    own = normed(model, residual)
-    sizes = (-1, *(1 for _ in x.shape[3:]))
+    backend = backend or settings.backend()
+    sizes = _by_channel(x)
     ones = torch.ones_like(mean) if weight is None else weight
-    offset = torch.zeros_like(mean) if bias is None else bias
-    channels = zip(_AFFINE, (mean, invstd, ones, offset), strict=True)
-    given = {**params, **{name: t.reshape(sizes) for name, t in channels}}
-    given |= {} if skip is None else {"skip": skip}
+    zeros = torch.zeros_like(mean) if bias is None else bias
+    channels = [t if t.shape == sizes else t.reshape(sizes) for t in (mean, invstd, ones, zeros)]
+    given = dict(params)
+    if skip is not None:
+        given["skip"] = skip
+    given.update(zip(_AFFINE, channels, strict=True))
     asked: dict[str, Any] = dict(
         surrogate=surrogate, reset=reset, detach_reset=detach_reset, record=record, backend=backend
     )
+    own = normed(model, residual)
     if eps is None or not (torch.is_grad_enabled() and x.requires_grad):
         return multistep(own, x, state, **asked, **given)
-    later = dict.fromkeys(_SUMS, given["norm_mean"])  # backward gives the sums
+    later = dict.fromkeys(_SUMS, channels[0])  # backward gives the sums
     share = -x.shape[2] / x.numel() if x.numel() else 0.0
     plan, tensors = find(
         own, x, {} if state is None else dict(state), surrogate, reset, detach_reset,
-        tuple(record), True, backend or settings.backend(),
-        {**given, **later, "norm_share": share},
+        tuple(record), True, backend, {**given, **later, "norm_share": share},
     )  # fmt: skip
     if isinstance(plan, KernelPlan):
         if tracing() or transformed():
             raise BackendError("a fused batch norm is no part of torch.jit.trace and torch.func")
+        if plan.twice is None:
+            plan.twice = _TwoPasses(plan, residual)
         try:
-            out = output(plan.call, apply(_TwoPasses(plan, residual), x, tensors))
+            out = output(plan.call, apply(plan.twice, x, tensors))
         except (BackendError, CompileError) as error:
             fall_back(plan, error)
         else:
@@ -246,10 +297,13 @@ class _TwoPasses:
     def __init__(self, plan: KernelPlan, residual: str | None) -> None:
         self.plan, self.call, self.final = plan, plan.call, plan.final
         self.prepare, self.forward = plan.prepare, plan.forward
-        self.compiled = None
         at = plan.given.index
         self._weight, self._bias, self._sum, self._scaled = map(at, (*_AFFINE[2:], *_SUMS))
         self._after = at("skip") if residual == "after" else None
+        self.compiled = plan.compiled
+        if self.compiled is not None:
+            own = self._weight, self._bias, self._sum, self._scaled, self._after
+            self.compiled.twice(*own)
 
     def backward(
         self,

@@ -29,11 +29,11 @@ from .checks import arithmetic, check_memory, label_of, no_transforms
 Gradients = list[Tensor | None]
 
 
-plans: dict[tuple[Any, ...], KernelPlan | EagerPlan] = {}
+plans: dict[tuple[Any, ...], Any] = {}  # and what is made of several: see `normed`
 _KEPT = 4096  # shapes that never come back must not fill the memory
 
 
-def keep(key: tuple[Any, ...], plan: KernelPlan | EagerPlan) -> KernelPlan | EagerPlan:
+def keep(key: tuple[Any, ...], plan: Any) -> Any:
     """Remember a plan; where there are too many, forget the others."""
     if len(plans) >= _KEPT:
         plans.clear()
@@ -346,6 +346,7 @@ class KernelPlan:
         self._launches: dict[bool, _Launch] = {}  # of forward, by whether addresses are aligned
         self._arrivals: dict[Any, _Arriving] = {}
         self.compiled = front_end.compiled(self, x, given, gradients, is_gone)
+        self.twice: Any = None  # whose backward goes twice over the sequence: see `normed`
 
     def _channels(self) -> Channels | None:
         """Those with which threads stay, where all parameters that have channels repeat alike."""
@@ -401,6 +402,10 @@ class KernelPlan:
 
         Shapes and layouts of everything given are compared with the plan's.
         """
+        if self.compiled is not None:
+            found = self.compiled.backward(x, checkpoints, tensors, grads, wanted)
+            if found is not None:
+                return found  # type: ignore[no-any-return]
         x, tensors = self._as_planned(x, tensors)
         if (checkpoints is None) != (self.checkpoints is None):
             raise SpecError(f"the checkpoints {_CHANGED}")
@@ -444,7 +449,7 @@ class KernelPlan:
         results: Gradients = [x_grad]
         totals: dict[str, Tensor] = {}
         for names, partials in parts:
-            totals.update(zip(names, partials.sum(2), strict=True))
+            totals.update(zip(names, partials.sum(2).unbind(), strict=True))
         for name, tensor in zip(self.given, tensors, strict=True):
             if name in totals and name in self.repeats:
                 back = self.repeats[name].back(totals[name], tensor.shape, self.shape)
@@ -497,11 +502,15 @@ class KernelPlan:
         Hooks may give it back in another one (save_on_cpu(pin_memory=True) does), which is mended;
         of another shape or dtype, or after `x.data = ...`, it is not what forward saw: SpecError.
         """
-        x = _as_saved("x_seq", x, self._x)
+        if not _is_saved(x, self._x):
+            x = _as_saved("x_seq", x, self._x)
         if not tensors:
             return x, tensors
-        model, saved = self.call.model, zip(self.given, tensors, self.saved, strict=True)
-        return x, [_as_saved(label_of(model, name), t, was) for name, t, was in saved]
+        saved = zip(self.given, tensors, self.saved, strict=True)
+        return x, [
+            t if _is_saved(t, was) else _as_saved(label_of(self.call.model, name), t, was)
+            for name, t, was in saved
+        ]
 
     def _arrived(
         self, grad: Tensor, shape: Sequence[int], strides: layout.Strides, dtype: torch.dtype
@@ -602,6 +611,19 @@ def _is_read_so(tensor: Tensor, how: _Saved) -> bool:
     shape, dtype, _, strides = how
     same = (tensor.shape, tensor.dtype) == (shape, dtype) and not tensor.is_neg()
     return same and (strides is None or tensor.stride() == strides)
+
+
+def _is_saved(tensor: Tensor, was: tuple[Any, ...]) -> bool:
+    """Whether nothing is to be mended, as nearly always."""
+    shape, dtype, device, strides = was
+    return (
+        tensor.shape == shape
+        and tensor.dtype is dtype
+        and tensor.device == device
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
+        and (strides is None or tensor.stride() == strides)
+    )
 
 
 def _as_read(tensor: Tensor, how: _Saved) -> Tensor:
