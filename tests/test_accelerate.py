@@ -198,6 +198,8 @@ def check_gated(device: str, channels: bool, **options: Any) -> None:
     theirs, ours = gated(device, channels, **options)
     x = inputs((T, 2, 3, 4, 5)).to(device) * 1.5
     exact = device == "cpu"
+    if exact:  # float32 sums of shared parameters differ by up to 5e-5 with the number of threads
+        theirs, ours, x = theirs.double(), ours.double(), x.double()
     compare(theirs, ours, x, exact=exact)
     for net in (theirs, ours):
         net.detach()
