@@ -22,15 +22,18 @@ from torch import Tensor
 import neuronjit as nj
 from neuronjit.nn import batch_norm
 from neuronjit.run import front_end, normed
+from neuronjit.run.normed import statistics
 from neuronjit.run.plan import plans
 
 
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("NEURONJIT_FRONT_END", "compiled")
-    plans.clear()
+    for kept in (plans, statistics):
+        kept.clear()
     yield
-    plans.clear()
+    for kept in (plans, statistics):
+        kept.clear()
 
 
 def in_cpp(tensor: Tensor) -> bool:

@@ -145,9 +145,9 @@ def find(
         model, x_seq, state, surrogate, reset, detach_reset, record, final_state, backend, params
     )
     own = key_of(call, x_seq, values)
-    plan = plans.get(own) or keep(own, plan_for(call, x_seq, values))
+    plan = plans.get(own) or keep(plans, own, plan_for(call, x_seq, values))
     if key:
-        keep(key, plan)
+        keep(plans, key, plan)
     return plan, tensors_of(values)
 
 

@@ -235,8 +235,8 @@ bool run_forward(const Plan& plan, const Tensor& x, at::TensorList tensors, bool
 
 // Gradients of x and of each tensor; nothing where the call is not plain.
 bool run_pass(const Plan& plan, const Tensor& x, const Tensor& checkpoints,
-                  const std::vector<Tensor>& tensors, const variable_list& grads,
-                  const std::vector<bool>& wanted, variable_list& gradients) {
+              const std::vector<Tensor>& tensors, const variable_list& grads,
+              const std::vector<bool>& wanted, variable_list& gradients) {
   if (!is_as(x, plan.sequence, plan.sequence_strides, plan.dtype, plan.device)) return false;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Given& how = plan.given[i];

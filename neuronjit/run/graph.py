@@ -189,7 +189,7 @@ def _find(
         checks.check_input(x)
         for name, value in values.items():
             checks.check_value(model, name, value, x)
-        plan = keep(key, plan_for(call, x, values))
+        plan = keep(plans, key, plan_for(call, x, values))
     return plan, own
 
 

@@ -26,7 +26,7 @@ from ..torch_private import tracing, transformed
 from . import checks, packed
 from .autograd import apply, find, multistep
 from .call import Output, signature
-from .plan import Gradients, KernelPlan, backward, fall_back, keep, output, plans
+from .plan import Gradients, KernelPlan, backward, fall_back, keep, output
 
 _NORMED = """
 norm_scale = norm_invstd * norm_weight
@@ -113,10 +113,12 @@ def batch_statistics(
     if _one_pass(x):
         backend = backend or settings.backend()
         old = () if running is None else (signature(running[0]), signature(running[1]))
-        key = (_Statistics, signature(x), eps, momentum, backend, old)
-        kept = plans.get(key) or keep(key, _Statistics(x, eps, running, momentum, backend))
+        key = (signature(x), eps, momentum, backend, old)
+        kept = statistics.get(key) or keep(
+            statistics, key, _Statistics(x, eps, running, momentum, backend)
+        )
         if (found := kept.run(x, running)) is not None:
-            return found  # type: ignore[no-any-return]
+            return found
     mean, var = _moments(x.flatten(0, 1))
     if running is not None:
         count = x.numel() // x.shape[2]
@@ -205,6 +207,9 @@ class _Statistics:
         return running[0].view(self._by_channel), running[1].view(self._by_channel)
 
 
+statistics: dict[tuple[Any, ...], _Statistics] = {}
+
+
 def _moments(flat: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel."""
     over = (0, *range(2, flat.dim()))
@@ -234,7 +239,7 @@ def multistep_normed(
     """`multistep` of a normalised x: `(x - mean) * invstd * weight + bias`, by channel.
 
     Args:
-        x: `[T, N, C, *]`; mean, invstd, weight and bias: `[C]`.
+        x: `[T, N, C, *]`; mean, invstd, weight and bias: a number a channel, `[C]` or `[1, C, *]`.
         eps: where mean and invstd are those of x, and x's gradient goes through them too; else
             None.
         skip: what `residual` adds, in x's shape: "before" the neuron's charge, or "after" it fired.

@@ -7,10 +7,10 @@ call, and `forward` and `backward` for those who differentiate themselves.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, reduce
 from operator import or_
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,15 +29,17 @@ from .checks import arithmetic, check_memory, label_of, no_transforms
 Gradients = list[Tensor | None]
 
 
-plans: dict[tuple[Any, ...], Any] = {}  # and what is made of several: see `normed`
+Kept = TypeVar("Kept")
+
+plans: dict[tuple[Any, ...], KernelPlan | EagerPlan] = {}
 _KEPT = 4096  # shapes that never come back must not fill the memory
 
 
-def keep(key: tuple[Any, ...], plan: Any) -> Any:
+def keep(kept: dict[tuple[Any, ...], Kept], key: tuple[Any, ...], plan: Kept) -> Kept:
     """Remember a plan; where there are too many, forget the others."""
-    if len(plans) >= _KEPT:
-        plans.clear()
-    plans[key] = plan
+    if len(kept) >= _KEPT:
+        kept.clear()
+    kept[key] = plan
     return plan
 
 
@@ -410,7 +412,7 @@ class KernelPlan:
         if (checkpoints is None) != (self.checkpoints is None):
             raise SpecError(f"the checkpoints {_CHANGED}")
         if checkpoints is not None and self.checkpoints is not None:
-            checkpoints = _as_saved("the checkpoints", checkpoints, self.checkpoints)
+            checkpoints = _as_saved(checkpoints, self.checkpoints, lambda: "the checkpoints")
         arriving = self._arriving(tuple([g is not None for g in grads]), tuple(wanted))
         last = 1 + len(self.final)
         arrived = [
@@ -502,15 +504,12 @@ class KernelPlan:
         Hooks may give it back in another one (save_on_cpu(pin_memory=True) does), which is mended;
         of another shape or dtype, or after `x.data = ...`, it is not what forward saw: SpecError.
         """
-        if not _is_saved(x, self._x):
-            x = _as_saved("x_seq", x, self._x)
+        model = self.call.model
+        x = _as_saved(x, self._x, lambda: "x_seq")
         if not tensors:
             return x, tensors
         saved = zip(self.given, tensors, self.saved, strict=True)
-        return x, [
-            t if _is_saved(t, was) else _as_saved(label_of(self.call.model, name), t, was)
-            for name, t, was in saved
-        ]
+        return x, [_as_saved(t, was, partial(label_of, model, name)) for name, t, was in saved]
 
     def _arrived(
         self, grad: Tensor, shape: Sequence[int], strides: layout.Strides, dtype: torch.dtype
@@ -613,19 +612,6 @@ def _is_read_so(tensor: Tensor, how: _Saved) -> bool:
     return same and (strides is None or tensor.stride() == strides)
 
 
-def _is_saved(tensor: Tensor, was: tuple[Any, ...]) -> bool:
-    """Whether nothing is to be mended, as nearly always."""
-    shape, dtype, device, strides = was
-    return (
-        tensor.shape == shape
-        and tensor.dtype is dtype
-        and tensor.device == device
-        and tensor.layout is torch.strided
-        and not tensor.is_neg()
-        and (strides is None or tensor.stride() == strides)
-    )
-
-
 def _as_read(tensor: Tensor, how: _Saved) -> Tensor:
     """The tensor in the shape, dtype and layout that a kernel reads (differentiably)."""
     shape, dtype, _, strides = how
@@ -635,19 +621,22 @@ def _as_read(tensor: Tensor, how: _Saved) -> Tensor:
     return layout.in_layout(tensor.expand(shape), shape, strides)
 
 
-def _as_saved(label: str, tensor: Tensor, was: tuple[Any, ...]) -> Tensor:
+def _as_saved(tensor: Tensor, was: tuple[Any, ...], label: Callable[[], str]) -> Tensor:
     """The tensor in the layout that it was saved in, if it still has its shape and dtype."""
     shape, dtype, device, strides = was
-    if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, device) or (
-        tensor.layout is not torch.strided
+    if (
+        tensor.shape != shape
+        or tensor.dtype is not dtype
+        or tensor.device != device
+        or tensor.layout is not torch.strided
     ):
         raise SpecError(
-            f"the numbers of {label} {_CHANGED} (saved: {tuple(shape)}, {dtype}, on {device}; now:"
-            f" {tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}, {tensor.layout})"
+            f"the numbers of {label()} {_CHANGED} (saved: {tuple(shape)}, {dtype}, on {device};"
+            f" now: {tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}, {tensor.layout})"
         )
-    if tensor.is_neg() or not (strides is None or tensor.stride() == strides):
-        return layout.in_layout(tensor, shape, tensor.stride() if strides is None else strides)
-    return tensor
+    if (strides is None or tensor.stride() == strides) and not tensor.is_neg():
+        return tensor  # nearly all are so
+    return layout.in_layout(tensor, shape, tensor.stride() if strides is None else strides)
 
 
 def _pointer(tensor: Tensor | None) -> int:
