@@ -325,6 +325,32 @@ def test_sums_of_spikes(kind: str, device: str) -> None:
     assert all(grad.any() for grad in found[0])
 
 
+@pytest.mark.parametrize("model", ["lif", "izhikevich"])
+def test_residuals_within_the_kernel(model: str) -> None:
+    """What a fused layer adds to its spikes: known where the residual is."""
+    torch.manual_seed(0)
+    norms = [torch.nn.BatchNorm1d(3) for _ in range(2)]
+    for norm in norms:
+        torch.nn.init.constant_(norm.weight, 4.0)
+    layers = [nj.nn.NormedNeuron(n, nj.nn.Neuron(model), residual="after") for n in norms]
+    found, widths = [], []
+    for context in EACH_WAY:
+        nj.nn.reset_net(torch.nn.ModuleList(layers))
+        x = random_input((2, 4, 5, 3)).mul_(9).requires_grad_()
+        w = random_input((4, 5, 3), seed=1).requires_grad_()
+        with context():
+            y = layers[0](x[0], fired(x[1]))
+            z = layers[1](y * w, y)
+            out = y.square() + z * w
+        if context is nj.packed_spikes:
+            widths = [getattr(packed._known.get(t.untyped_storage()), "width", 0) for t in (y, z)]
+        out.sum().backward()
+        found.append([x.grad, w.grad])
+        assert y.max() == 2 and z.max() > 1
+    assert widths == [2, 2]
+    assert_all_same_bits(*found)
+
+
 def test_sums_that_grow() -> None:
     """More than eight bits hold is kept as it is, and so is what is made of it."""
     x = torch.full((2, 3), 2.0, requires_grad=True)

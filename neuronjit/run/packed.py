@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -89,41 +89,63 @@ class _Spikes:
 
 _KEY = "neuronjit: spikes"  # in the metadata of autograd's nodes
 _known: WeakKeyDictionary[torch.UntypedStorage, _Spikes] = WeakKeyDictionary()
+_NONE: Mapping[str, Tensor] = {}
 
 
-def note(call: Call, spikes: Tensor) -> None:
-    """Remember the output of a call, if it is nothing but 0 and 1."""
-    if not (call.surrogate.spiking and _fires(call.model)) or spikes.is_inference():
+def note(call: Call, spikes: Tensor, inputs: Mapping[str, Tensor] = _NONE) -> None:
+    """Remember the output of a call, if it is nothing but 0 and 1, or sums of these.
+
+    `inputs` are those of the model of which something may be known.
+    """
+    if not call.surrogate.spiking or spikes.is_inference():
         return
-    known = _known[spikes.untyped_storage()] = _Spikes(spikes)
+    known = {name: _spikes_of(tensor) for name, tensor in inputs.items()}
+    most = _greatest(call.model, tuple((n, k.most) for n, k in known.items() if k is not None))
+    if not most:
+        return
+    made = _known[spikes.untyped_storage()] = _Spikes(spikes, most)
     node: Any = spikes.grad_fn
     if node is not None and spikes.output_nr == 0:  # what `_made_of_spikes` relies on
-        node.metadata[_KEY] = known
+        node.metadata[_KEY] = made
+
+
+_Combine = Callable[[Iterable[int]], int]
+_COMBINED: dict[str, _Combine] = {"*": math.prod, "+": sum}  # of others, the greatest
 
 
 @cache
-def _fires(model: NeuronModel) -> bool:
-    """Whether what comes out is 0 or 1, whatever goes in, as its equations show."""
+def _greatest(model: NeuronModel, inputs: tuple[tuple[str, int], ...]) -> int:
+    """The greatest whole number that comes out, as the equations show; 0: it may be any number.
+
+    `inputs` are whole numbers up to these; whatever else goes in may be any number.
+    """
     steps = program(model, "own" if model.own_reset else "hard", False)
     made = {s.target: s.expression for s in steps.statements}
 
-    def binary(tree: Node) -> bool:
+    def most(tree: Node) -> int | None:
         match tree.op:
             case "fire":
-                return True
+                return 1
+            case "name" if tree.value in made:
+                return most(made[str(tree.value)])
             case "name":
-                return tree.value in made and binary(made[str(tree.value)])
+                return dict(inputs).get(str(tree.value))
             case "number":
-                return tree.value in (0.0, 1.0)
-            case "where":
-                return all(map(binary, tree.args[1:]))
-            case "*" | "detach":
-                return all(map(binary, tree.args))
-            case "-" if len(tree.args) == 2:
-                return tree.args[0] == number(1) and binary(tree.args[1])
-        return False
+                return int(tree.value) if tree.value in (0.0, 1.0) else None
+            case "-" if len(tree.args) == 2 and tree.args[0] == number(1):
+                return 1 if most(tree.args[1]) in (0, 1) else None
+            case "where" | "*" | "detach" | "+":
+                found = [most(arg) for arg in tree.args[tree.op == "where" :]]
+                known = [greatest for greatest in found if greatest is not None]
+                return _COMBINED.get(tree.op, max)(known) if known == found else None
+        return None
 
-    return binary(name(steps.spikes))
+    return _whole(most(name(steps.spikes)) or 0)
+
+
+def _whole(most: int) -> int:
+    """`most`, or 0 where a byte does not hold it."""
+    return most if most < 1 << 8 else 0
 
 
 # --- what autograd asks ---------------------------------------------------------------------------
@@ -197,7 +219,7 @@ _COPIES = (
     "CloneBackward0", "MaxPool2DWithIndicesBackward0", "MaxPool3DWithIndicesBackward0",
     "ToCopyBackward0",
 )  # fmt: skip
-_GREATEST: dict[str, Callable[[Iterable[int]], int]] = {
+_GREATEST: dict[str, _Combine] = {
     **dict.fromkeys((*_COPIES, "CatBackward0", "StackBackward0"), max),
     "AddBackward0": sum,
     "MulBackward0": math.prod,
@@ -223,8 +245,7 @@ def _made_of_spikes(x: Tensor) -> int:
     if {*getattr(node, "_saved_dilation", ())} - {1}:
         return 0  # a window may see padding alone, which is -inf
     inputs = [_most(_past_views(*of)) for of in node.next_functions]
-    most = greatest(inputs) if all(inputs) else 0
-    return most if most < 1 << 8 else 0
+    return _whole(greatest(inputs)) if all(inputs) else 0
 
 
 def _writer(x: Tensor) -> Any:
