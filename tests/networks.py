@@ -6,6 +6,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,27 +44,19 @@ def cifar10net(neurons: Any = nj.nn, channels: int = 8) -> torch.nn.Module:
     return louder(net)
 
 
-def sew_resnet18(neurons: Any = nj.nn) -> torch.nn.Module:
-    """Fang et al. 2021: additions after the neurons."""
-    (_, models, _), _, functional = spikingjelly()
-    torch.manual_seed(0)
-    net = models.sew_resnet18(
-        num_classes=10, cnf="ADD", spiking_neuron=neurons.IFNode, detach_reset=True
-    )
-    functional.set_step_mode(net, "m")
-    return net
-
-
-def sew_resnet10(neurons: Any) -> torch.nn.Module:
-    """The same with half the blocks."""
+def sew_resnet(neurons: Any = nj.nn, blocks: int = 1) -> torch.nn.Module:
+    """Fang et al. 2021: additions after the neurons. Two blocks a stage make it SEW-ResNet-18."""
     (_, models, _), _, functional = spikingjelly()
     torch.manual_seed(0)
     net = models.SEWResNet(
-        models.BasicBlock, [1, 1, 1, 1], num_classes=10, cnf="ADD", spiking_neuron=neurons.IFNode,
+        models.BasicBlock, [blocks] * 4, num_classes=10, cnf="ADD", spiking_neuron=neurons.IFNode,
         detach_reset=True,
     )  # fmt: skip
     functional.set_step_mode(net, "m")
     return net
+
+
+sew_resnet18 = partial(sew_resnet, blocks=2)
 
 
 def spikformer(neurons: Any, size: int = 32, depths: int = 2) -> torch.nn.Module:
@@ -135,7 +128,7 @@ def without_neurons(net: torch.nn.Module) -> torch.nn.Module:
 # torch 2.11 fails to compile the convolutions' backward, whatever the neurons are
 NETWORKS: dict[str, tuple[Callable[[], torch.nn.Module], int]] = {
     "cifar10net": (cifar10net, 32),
-    "sew_resnet18": (sew_resnet18, 64),
+    "sew_resnet": (sew_resnet, 64),
 }
 
 

@@ -803,7 +803,7 @@ def test_memory_of_a_step() -> None:
 
 @each_device
 @pytest.mark.peers
-@pytest.mark.parametrize("name", ["cifar10net", "spikformer", "sew_resnet18"])
+@pytest.mark.parametrize("name", ["cifar10net", "spikformer", "sew_resnet"])
 def test_accelerated_spikingjelly(name: str, device: str, monkeypatch: Any) -> None:
     _, neuron, functional = networks.spikingjelly()
     net = getattr(networks, name)(neurons=neuron)
