@@ -110,7 +110,7 @@ def test_reduce_overhead(name: str, carry: bool) -> None:
 )
 def test_amp_and_channels_last(mode: str, device: str) -> None:
     amp = torch.float16 if device == "cuda" else torch.bfloat16
-    compare("sew_resnet", device, mode, carry=False, amp=amp, channels_last=True)
+    compare("sew_resnet", device, mode, carry=False, amp=amp, channels_last=True, first=0.05)
 
 
 # --- accelerated, and of our own layers: any batch size -------------------------------------------
