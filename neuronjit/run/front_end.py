@@ -127,8 +127,8 @@ def entry() -> store.Entry:
         with build.told("the front end"):
             binary = cpu.shared_object(source, _SYMBOL, arch, [options], libraries)
         meta = {
-            "spec": _SYMBOL, "symbol": _SYMBOL, "request": request, "target": _TARGET,
-            "arch": arch, "fingerprint": fingerprint, "versions": {"neuronjit": build.version()},
+            "symbol": _SYMBOL, "request": request, "target": _TARGET, "arch": arch,
+            "fingerprint": fingerprint, "versions": {"neuronjit": build.version()},
         }  # fmt: skip
         return store.Entry(key, meta, source, binary)
 
