@@ -1,4 +1,4 @@
-"""Whole training steps of networks: SpikingJelly's neurons, ours, and none.
+"""Whole training steps of networks: SpikingJelly's neurons (or snnTorch's, Norse's), ours, none.
 
     python benchmarks/networks.py               # a GPU, full sizes: 8 minutes on an H100
     python benchmarks/networks.py --modes compile,compile-plain,overhead --only SEW-ResNet-18
@@ -24,6 +24,7 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,23 @@ COMPILED: dict[str, dict[str, Any]] = {
 WHOSE = {
     "spikingjelly": "SpikingJelly",
     "tuned": "SpikingJelly, tuned",
+    "snntorch": "snnTorch",
+    "norse": "Norse",
+    "stepped": "neuronjit, step by step",
     "neuronjit": "neuronjit",
     "fused": "neuronjit, fused",
     "packed": "neuronjit, fused and packed",
     "none": "no neurons",
 }
-OURS = ("neuronjit", "fused", "packed")
-PEERS = ("spikingjelly", "tuned")
-COMPILE = ("neuronjit", "tuned", "none", "spikingjelly")
+OURS = ("neuronjit", "fused", "packed", "stepped")
+PEERS = ("spikingjelly", "tuned", "snntorch", "norse")
+COMPILE = ("neuronjit", "tuned", "none", "spikingjelly", "stepped", "norse", "snntorch")
+# whose neurons there are in networks of each library's layers; a library's own come first
+LIBRARIES = {
+    "spikingjelly": ("spikingjelly", "tuned", "neuronjit", "fused", "packed", "none"),
+    "snntorch": ("snntorch", "stepped", "neuronjit", "none"),
+    "norse": ("norse", "neuronjit", "none"),
+}
 
 
 # --- the networks ---------------------------------------------------------------------------------
@@ -145,6 +155,50 @@ def speech(small: bool) -> nn.Module:
     return nn.Sequential(*layers, layer.Linear(wide, 35), Membrane(0.95))
 
 
+def dense(library: str, channels: int, classes: int, *readout: nn.Module) -> Any:
+    """Makes a dense network of snnTorch's or Norse's neurons, without batch norm."""
+
+    def make(small: bool) -> nn.Module:
+        if library == "snntorch":
+            from snntorch import Leaky
+
+            kind, neuron = Steps, partial(Leaky, beta=0.8, init_hidden=True)
+        else:
+            from norse.torch import LIF
+
+            kind, neuron = Whole, LIF
+        wide = 64 if small else 512
+        first, *others = (nn.Linear(*sizes) for sizes in
+                          ((channels, wide), (wide, wide), (wide, classes)))  # fmt: skip
+        layers = [first, *(layer for dense in others for layer in (neuron(), dense))]
+        return louder(nn.Sequential(kind(*layers), *readout))
+
+    return make
+
+
+class Whole(nn.Sequential):
+    """Layers that take a sequence, `[T, N, C]`, and may return their last states with it."""
+
+    def forward(self, x: Any) -> Tensor:
+        for layer in self:
+            if hasattr(layer, "reset_mem"):
+                layer.reset_mem()
+            x = layer(x)
+            x = x[0] if isinstance(x, tuple) else x
+        return x
+
+
+class Steps(nn.Sequential):
+    """snnTorch's layers as it shows them: a loop over time, and in each step all layers."""
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        for layer in self:
+            if hasattr(layer, "reset_mem"):
+                layer.reset_mem()
+        step = super().forward
+        return torch.stack([step(x) for x in x_seq])
+
+
 class Membrane(nn.Module):
     """Leaky integrators that do not spike: v[t] = leak v[t - 1] + (1 - leak) x[t], `[T, N, C]`.
 
@@ -175,6 +229,7 @@ class Network:
     make: Callable[[bool], nn.Module]
     shape: tuple[int, ...]  # of an input: [T, N, *]
     small: tuple[int, ...]
+    library: str = "spikingjelly"
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -189,6 +244,14 @@ NETWORKS = {
     "VGG (DVS)": Network(vgg, (16, 16, 2, 48, 48), (3, 2, 2, 48, 48)),
     "speech": Network(speech, (250, 128, 700), (20, 8, 700)),
     "SEW-ResNet-18 (8)": Network(sew_resnet18, (4, 8, 3, 224, 224), (2, 1, 3, 64, 64)),
+    "MLP (snnTorch)": Network(dense("snntorch", 784, 10), (25, 128, 784), (5, 8, 784), "snntorch"),
+    "speech (snnTorch)": Network(
+        dense("snntorch", 700, 35, Membrane(0.95)), (250, 128, 700), (20, 8, 700), "snntorch"
+    ),
+    "MLP (Norse)": Network(dense("norse", 784, 10), (25, 128, 784), (5, 8, 784), "norse"),
+    "speech (Norse)": Network(
+        dense("norse", 700, 35, Membrane(0.95)), (250, 128, 700), (20, 8, 700), "norse"
+    ),
 }
 
 
@@ -200,14 +263,19 @@ def network(name: str, whose: str, dtype: str, layout: str, run: Run) -> nn.Modu
     functional.set_step_mode(net, "m")
     for parent in list(net.modules()):
         for key, child in list(parent.named_children()):
-            neurons = whose == "none" and isinstance(child, neuron.BaseNode)
+            known = isinstance(child, neuron.BaseNode) or type(child).__name__ in ("Leaky", "LIF")
+            neurons = whose == "none" and known
             # Dropout of SpikingJelly's keeps a mask from call to call
             if neurons or "Dropout" in type(child).__name__:
                 setattr(parent, key, nn.Identity())
-    net = net.to(run.device)
+    net, library = net.to(run.device), NETWORKS[name].library
+    if library == "norse" and whose in OURS and dtype in HALF:
+        raise Skip("accelerate leaves half precision to Norse, which mixes it")
     if whose == "tuned":
         tune(net, dtype, run.device)
-    elif whose == "neuronjit":
+    elif library == "snntorch" and whose in ("neuronjit", "none"):
+        net[0] = Whole(*map(at_once, net[0]))
+    elif whose in ("neuronjit", "stepped"):
         nj.accelerate(net, strict=True)
     elif whose in OURS:
         fuse(net, name)
@@ -216,6 +284,13 @@ def network(name: str, whose: str, dtype: str, layout: str, run: Run) -> nn.Modu
             if weight.dim() == 4:
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     return net
+
+
+def at_once(layer: nn.Module) -> nn.Module:
+    """snnTorch's neuron over a whole sequence, by one kernel; any other layer as it is."""
+    from neuronjit.integrations.snntorch import Sequence
+
+    return Sequence(layer) if hasattr(layer, "reset_mem") else layer
 
 
 def tune(net: nn.Module, dtype: str, device: str) -> None:
@@ -243,7 +318,7 @@ def batch(name: str, layout: str, run: Run) -> tuple[Tensor, Tensor]:
     shape = NETWORKS[name].small if run.args.small else NETWORKS[name].shape
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(shape, generator=generator)
-    if name == "speech":
+    if name.startswith("speech"):
         x = (x < 0.05).float()
     x = x.flatten(0, 1).to(run.device)
     if layout == "channels_last":
@@ -259,9 +334,11 @@ class Step:
     """A training step; returns its loss."""
 
     def __init__(
-        self, net: nn.Module, data: tuple[Tensor, Tensor], dtype: str, mode: str, packed: bool
-    ) -> None:
-        *_, self.functional = spikingjelly()
+        self, net: nn.Module, library: str, data: tuple[Tensor, Tensor], dtype: str, mode: str,
+        packed: bool,
+    ) -> None:  # fmt: skip
+        # networks of other libraries start anew in their forwards
+        self.reset = spikingjelly()[3].reset_net if library == "spikingjelly" else None
         self.net, self.mode = net, mode
         self.forward = torch.compile(net, **COMPILED[mode]) if mode in COMPILED else net
         self.x, self.y = data
@@ -272,7 +349,8 @@ class Step:
     def __call__(self) -> Tensor:
         if self.mode == "overhead":
             torch.compiler.cudagraph_mark_step_begin()
-        self.functional.reset_net(self.net)
+        if self.reset:
+            self.reset(self.net)
         self.optimizer.zero_grad(set_to_none=True)
         kind = self.x.device.type
         with self.packed(), torch.autocast(kind, self.half, enabled=self.half is not None):
@@ -321,7 +399,8 @@ class Turn:
             raise Skip("this neuronjit has no packed_spikes")
         net = network(self.name, whose, self.dtype, self.layout, run)
         data = batch(self.name, self.layout, run)
-        step = Step(net, data, self.dtype, mode, whose == "packed")
+        library = NETWORKS[self.name].library
+        step = Step(net, library, data, self.dtype, mode, whose == "packed")
         losses = [step().item()]
         row: Row = {"first_s": time.perf_counter() - begin}
         losses += [step().item() for _ in range(2)]
@@ -335,9 +414,14 @@ class Turn:
 
     def measure(self, run: Run) -> None:
         """Prepare all that there is time for, then let them take turns."""
-        late = []
+        late, library = [], NETWORKS[self.name].library
+        if importlib.util.find_spec(library) is None:
+            run.note(f"{self.name} left out: {library} is not installed")
+            return
         for mode in self.modes:
             for whose in COMPILE if mode in COMPILED else WHOSE:
+                if whose not in LIBRARIES[library]:
+                    continue
                 if time.perf_counter() - run.started > run.args.seconds:
                     late.append(mode)
                     continue
@@ -374,8 +458,8 @@ class Turn:
         run.turn += 1
 
     def loss_error(self, whose: str, mode: str) -> float | None:
-        """The greatest relative distance of three losses from SpikingJelly's eager ones."""
-        first = self.found.get(("spikingjelly", "eager"))
+        """The greatest relative distance of three losses from the library's own eager ones."""
+        first = self.found.get((NETWORKS[self.name].library, "eager"))
         if first is None or whose == "none":
             return None
         pairs = zip(first["losses"], self.found[whose, mode]["losses"], strict=True)
@@ -392,13 +476,16 @@ def turns(args: argparse.Namespace, device: str) -> Iterator[Turn]:
         yield from (Turn(n, "float32", NETWORKS[n].layouts[-1], quick + slow) for n in names)
         yield from (Turn(n, "bfloat16", NETWORKS[n].layouts[0], quick) for n in names)
         return
+    foreign = [name for name in names if NETWORKS[name].library != "spikingjelly"]
+    others = [(name, dtype, "") for dtype in ("float16", "float32") for name in foreign]
+    names = [name for name in names if name not in foreign]
     images = [name for name in names if len(NETWORKS[name].layouts) == 2]
     order = [(name, "float16", NETWORKS[name].layouts[0]) for name in names]
     order += [(name, "float32", NETWORKS[name].layouts[-1]) for name in names]
     order += [(name, "float16", "NCHW") for name in images]
     order += [(name, "float32", "channels_last") for name in images]
     rest = [(name, "bfloat16", layout) for name in names for layout in NETWORKS[name].layouts]
-    rest.sort(key=lambda turn: turn[2] == "NCHW")
+    rest = others + sorted(rest, key=lambda turn: turn[2] == "NCHW")
     if quick:
         yield from (Turn(*turn, quick) for turn in order)
     if slow:
@@ -406,7 +493,7 @@ def turns(args: argparse.Namespace, device: str) -> Iterator[Turn]:
     if quick:
         yield from (Turn(*turn, quick) for turn in rest)
     if slow:
-        yield from (Turn(*turn, quick + slow) for turn in order[1:])
+        yield from (Turn(*turn, quick + slow) for turn in order[1:] + others)
 
 
 # --- what is written ------------------------------------------------------------------------------
@@ -441,13 +528,13 @@ def best(rows: list[Row], whose: tuple[str, ...]) -> Row | None:
 
 
 def glance(rows: list[Row]) -> str:
-    """As people run SpikingJelly, each library's fastest mode, and the floor."""
-    header = ["network", "SpikingJelly as it comes, eager", "SpikingJelly's fastest"]
+    """As people run the library, each library's fastest mode, and the floor."""
+    header = ["network", "SpikingJelly (or as named) as it comes, eager", "its fastest"]
     header += ["our fastest", "we are faster than each by", "fastest without neurons"]
     lines = []
     for turn in dict.fromkeys(row["turn"] for row in rows):
         mine = [row for row in rows if row["turn"] == turn]
-        plain = best([row for row in mine if row["mode"] == "eager"], ("spikingjelly",))
+        plain = best([row for row in mine if row["mode"] == "eager"], tuple(LIBRARIES))
         theirs, ours, none = (best(mine, w) for w in (PEERS, OURS, ("none",)))
         cells = [f"{plain['ms']:.2f}" if plain else ""]
         for row in (theirs, ours):
@@ -473,9 +560,11 @@ def page(run: Run, machine: Row) -> str:
         " as it comes, *tuned* with its PrecisionConfig (neuron_storage), which keeps its neurons"
         " on Triton in half precision; *neuronjit* is the same network after `nj.accelerate`,"
         " *fused* with each batch norm in the kernels of the neuron that follows it, *packed* with"
-        " spikes kept as bits for backward. *No neurons*: identities stand in their place; no"
-        " library can be faster than that. Numbers in a row were measured in turns, in one process;"
-        " medians.",
+        " spikes kept as bits for backward. Networks named (snnTorch) and (Norse) are of their"
+        " layers: snnTorch's loop over time, which *step by step* keeps after `nj.accelerate`, and"
+        " *neuronjit* replaces by `Sequence`; Norse's layers after `nj.accelerate`. *No neurons*:"
+        " identities stand in their place; no library can be faster than that. What stands in a row"
+        " was measured in turns, in one process; medians.",
         f"Inputs `[T, N, *]`: {sizes(run.args.small)}.",
         "## At a glance: each library in its fastest mode",
         glance(run.rows),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
+
+from torch.compiler import is_compiling
 
 from .errors import InputTypeError, SpecError, known
 from .models.surrogate import Surrogate
@@ -128,17 +131,17 @@ def SquarewaveFourierSeries(n: int = 2, T: float = 8.0, *, spiking: bool = True)
     return Surrogate(name, slope, primitive, dict(T=T), spiking=spiking)
 
 
-_BUILT_IN = {s.name: s for s in list(globals().values()) if isinstance(s, Surrogate)}
+_BUILT_IN = {n.lower(): s for n, s in list(globals().items()) if isinstance(s, Surrogate)}
 
 
 def by_name(name: str) -> Surrogate:
     """A built-in surrogate by its name, in any case: `by_name("atan")`. Raises SpecError."""
-    for key, surrogate in {**_BUILT_IN, "Triangle": Triangle}.items():
-        if key.lower() == str(name).lower():
-            return surrogate
-    if str(name).lower() == "squarewavefourierseries":
+    lower = str(name).lower()
+    if lower in _BUILT_IN:
+        return _BUILT_IN[lower]
+    if lower == "squarewavefourierseries":
         return SquarewaveFourierSeries()
-    names = [*_BUILT_IN, "SquarewaveFourierSeries"]
+    names = [*dict.fromkeys(s.name for s in _BUILT_IN.values()), "SquarewaveFourierSeries"]
     raise SpecError(f"unknown surrogate {ascii(name)[:80]}. {known(names)}")
 
 
@@ -163,4 +166,14 @@ def as_surrogate(given: Any) -> Surrogate:
     if kind == "SquarewaveFourierSeries":
         return SquarewaveFourierSeries(given.n, given.T_period, spiking=given.spiking)
     ours = by_name(kind)
-    return ours(spiking=given.spiking, **{p: getattr(given, p) for p in ours.names})
+    spiking, numbers = given.spiking, [getattr(given, name) for name in ours.names]
+    # Nodes ask at every call. Numbers that are equal to others but not the same are made anew.
+    plain = type(spiking) is bool and all([type(n) is float and n for n in numbers])  # noqa: C419
+    if plain and not is_compiling():
+        return _with(ours, spiking, *numbers)
+    return ours(*numbers, spiking=spiking)
+
+
+@lru_cache(256)
+def _with(form: Surrogate, spiking: bool, *numbers: float) -> Surrogate:
+    return form(*numbers, spiking=spiking)

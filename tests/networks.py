@@ -54,13 +54,25 @@ def sew_resnet18(neurons: Any = nj.nn) -> torch.nn.Module:
     return net
 
 
-def spikformer(neurons: Any) -> torch.nn.Module:
+def sew_resnet10(neurons: Any) -> torch.nn.Module:
+    """The same with half the blocks."""
+    (_, models, _), _, functional = spikingjelly()
+    torch.manual_seed(0)
+    net = models.SEWResNet(
+        models.BasicBlock, [1, 1, 1, 1], num_classes=10, cnf="ADD", spiking_neuron=neurons.IFNode,
+        detach_reset=True,
+    )  # fmt: skip
+    functional.set_step_mode(net, "m")
+    return net
+
+
+def spikformer(neurons: Any, size: int = 32, depths: int = 2) -> torch.nn.Module:
     """Zhou et al. 2023: attention of spikes."""
     (_, _, models), _, _ = spikingjelly()
     torch.manual_seed(0)
     return models.Spikformer(
-        img_size_h=32, img_size_w=32, patch_size=4, num_classes=10, embed_dims=64, num_heads=4,
-        depths=2, spiking_neuron=neurons.LIFNode,
+        img_size_h=size, img_size_w=size, patch_size=4, num_classes=10, embed_dims=2 * size,
+        num_heads=4, depths=depths, spiking_neuron=neurons.LIFNode,
     )  # fmt: skip
 
 
@@ -74,6 +86,23 @@ def mlp(neurons: Any = nj.nn) -> torch.nn.Module:
             torch.nn.Flatten(2), dense[0], spiking[0], dense[1], spiking[1], dense[2]
         )
     )
+
+
+def normed_mlp(neurons: Any) -> torch.nn.Module:
+    """Dense layers with batch norms, as for speech."""
+    from spikingjelly.activation_based import layer
+
+    torch.manual_seed(0)
+    layers = [
+        block
+        for sizes in ((192, 24), (24, 24))
+        for block in (
+            layer.Linear(*sizes, bias=False, step_mode="m"),
+            layer.BatchNorm1d(24, step_mode="m"),
+            neurons.LIFNode(tau=5.0, detach_reset=True, step_mode="m"),
+        )
+    ]
+    return torch.nn.Sequential(torch.nn.Flatten(2), *layers, torch.nn.Linear(24, 10))
 
 
 def convolutional() -> torch.nn.Module:

@@ -47,6 +47,27 @@ def test_networks(tmp_path: Path) -> None:
         assert (tmp_path / "networks.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.peers("snntorch")
+def test_networks_of_other_libraries(tmp_path: Path) -> None:
+    only = "speech (snnTorch),MLP (Norse)"
+    done = run("--small", "--only", only, "--seconds", "300", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "networks.json").read_text())
+    losses = {
+        (r["network"], r["whose"]): r["losses"] for r in found["rows"] if r["dtype"] == "float32"
+    }
+    compared = [("speech (snnTorch)", "snntorch", whose) for whose in ("stepped", "neuronjit")]
+    if importlib.util.find_spec("norse"):
+        compared.append(("MLP (Norse)", "norse", "neuronjit"))
+    else:
+        assert "MLP (Norse) left out: norse is not installed" in found["notes"]
+    for name, theirs, ours in compared:
+        assert losses[name, ours] == pytest.approx(losses[name, theirs], rel=1e-3)
+        assert len({round(loss, 4) for loss in losses[name, ours]}) == 3
+        assert losses[name, "none"] != pytest.approx(losses[name, theirs], rel=1e-3)
+    assert "failed" not in (tmp_path / "networks.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -256,6 +260,74 @@ def test_amp_with_a_grad_scaler(dtype: torch.dtype) -> None:
         losses[1].append(other().item())
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
     assert scaler.get_scale() == other_scaler.get_scale() != 256.0  # it grew in replays, too
+
+
+# as PyTorch's notes on CUDA semantics ask, "Usage with DistributedDataParallel"
+DDP = """
+import copy, os, sys
+import torch, torch.distributed as dist
+import neuronjit as nj
+
+os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+torch.cuda.set_device(0)
+dist.init_process_group("nccl", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+torch.manual_seed(0)
+net = torch.nn.Sequential(
+    torch.nn.Linear(6, 32), nj.nn.LIF(tau=3.0, learnable="tau", v_threshold=0.3),
+    torch.nn.Linear(32, 8), nj.nn.PLIF(v_threshold=0.3),
+).cuda()
+plain, x = copy.deepcopy(net), torch.zeros(20, 4, 6, device="cuda")
+batches = [torch.rand(20, 4, 6, device="cuda") * 3 - 0.5 for _ in range(5)]
+
+def step_of(net):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    def step():
+        nj.nn.reset_net(net)
+        optimizer.zero_grad(set_to_none=True)
+        (net(x) - 0.5).square().mean().backward()
+        optimizer.step()
+    return step
+
+stream = torch.cuda.Stream()
+stream.wait_stream(torch.cuda.current_stream())
+x.copy_(batches[0])
+torch.cuda.synchronize()
+with torch.cuda.stream(stream):
+    step = step_of(torch.nn.parallel.DistributedDataParallel(net, device_ids=[0]))
+    for _ in range(11):
+        step()
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph, stream=stream):
+    step()
+other, before = step_of(plain), [p.detach().clone() for p in net.parameters()]
+for _ in range(11):
+    other()
+for batch in batches:
+    x.copy_(batch)
+    graph.replay()
+    other()
+torch.cuda.synchronize()
+for p, q, start in zip(net.parameters(), plain.parameters(), before, strict=True):
+    assert not torch.equal(p, start)  # the replays train
+    torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+del graph
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_nccl_available(),
+    reason="only NCCL's collectives can be captured",
+)
+def test_ddp_in_a_captured_step(tmp_path: Path) -> None:
+    """One process, with NCCL: the gradients' all-reduce is in the graph with all else."""
+    path = [str(Path(nj.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-c", DDP, str(tmp_path / "store")], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_reduce_overhead_of_a_network_that_is_reset_inside() -> None:

@@ -173,6 +173,36 @@ def test_layouts(kind: str, backend: str) -> None:
     torch.testing.assert_close(*results)
 
 
+def test_inductor_and_batch_sizes_of_sequences_of_vectors() -> None:
+    """[T, N, C, L] among convolutions: saved in four dimensions, it makes Inductor 2.13 fail."""
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.last = torch.nn.Conv1d(3, 4, 1), torch.nn.Conv1d(4, 2, 1)
+            self.lif = nj.nn.LIF(v_threshold=0.2, learnable="tau", channels=4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(3 * x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            return self.last(self.lif(y).flatten(0, 1))
+
+    net = Net().double()
+    fast = compiled(net, "inductor")
+    with Counted() as counted:
+        for count in (3, 5, 2, 7):
+            x = inputs((4, count, 3, 5), torch.float64, seed=count)
+            results = []
+            for run in (net, fast):
+                net.lif.reset()
+                out = run(x)
+                grads = torch.autograd.grad(out.square().sum(), [*net.parameters()])
+                results.append([out, net.lif.v, *grads])
+            assert all(grad.any() for grad in results[0])
+            torch.testing.assert_close(*results)
+    assert counted.graphs == 2
+
+
 @numbers_as_inputs
 def test_a_number_that_changes_makes_one_more_graph_at_most() -> None:
     """The first other number makes it an input of the graph; from then on, nothing is made."""

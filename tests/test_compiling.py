@@ -590,7 +590,11 @@ def test_p23_all_built_in_models_have_the_shapes_of_these(name):
         ("cpu", "cuda"), ("forward", "backward"), (2, 4, 8), sizes
     ):
         shape = targets.by_name(target).shape
-        assert shape(direction, size, model, 1, *given) == shape(direction, size, like, 1, *given)
+        expected = shape(direction, size, like, 1, *given)
+        four_of_16 = expected.interval == 16 and expected.lanes == 4
+        if name == "eif" and direction == "backward" and four_of_16:
+            expected = expected._replace(lanes=2, whole=False)  # four would spill on sm_90
+        assert shape(direction, size, model, 1, *given) == expected
     assert not KernelSpec.of(name, "cpu", "backward", "atan", "hard", False, "float32").is_large
 
 

@@ -430,3 +430,22 @@ def test_a_spawned_process_gets_and_returns_them() -> None:
         *back, spikes = pool.apply(_spawned, given)
     assert tuple(back) == given and [hash(b) for b in back] == [hash(g) for g in given]
     assert torch.equal(spikes, _spawned(*given)[2])
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_numbers_of_anothers_surrogate_are_read_at_each_call(kind: Callable[[float], Any]) -> None:
+    """Also where they are those of an earlier call again, or change in place."""
+
+    class Sigmoid:  # known by its name and attributes, as SpikingJelly's
+        alpha, spiking = kind(1.0), True
+
+    given = Sigmoid()
+    for alpha in (2.0, 5.0, 2.0, 0.5):
+        if isinstance(given.alpha, torch.Tensor):
+            given.alpha.fill_(alpha)
+        else:
+            given.alpha = alpha
+        x = torch.tensor([[0.3, 1.2]], requires_grad=True)  # [T, N] = [1, 2]
+        nj.multistep("if", x, surrogate=given).spikes.sum().backward()
+        spike = (alpha * (x.detach() - 1)).sigmoid()
+        torch.testing.assert_close(x.grad, alpha * spike * (1 - spike))

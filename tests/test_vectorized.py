@@ -22,7 +22,7 @@ STEPS = {  # what loops over lanes call, in templates/walk.h
     "forward": ("M::step(p, in, z, out, l)",),
     "backward": ("M::step(p, in, z, none, l)", "M::step_back(p, in, before[k], d, some, out, l)"),
 }
-SURROGATES = sorted({*surrogates._BUILT_IN, "SquarewaveFourierSeries"} - SCALAR)
+SURROGATES = sorted({s.name for s in surrogates._BUILT_IN.values()} - SCALAR)
 KERNELS = [
     *[("lif", "backward", "float32", surrogate, {}) for surrogate in SURROGATES],
     *[

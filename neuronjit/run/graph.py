@@ -80,8 +80,13 @@ def multistep(
             tensors.append(torch.zeros((), dtype=torch.float64) + number)
     text = to_text(call, backend, names, changing)
     save = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
-    outputs = torch.ops.neuronjit.forward(x, tensors, numbers, save, text)
-    return output(call, outputs[:-1])
+    # Inductor takes any four dimensions for an image. Of [T, N, C, L], kept for backward, it makes
+    # channels_last: a copy each way, and in torch 2.13 on a CPU an error where N is a symbol.
+    lifted = x.dim() == 4
+    if lifted:
+        x, *tensors = [t.unsqueeze(-1) if t.dim() else t for t in (x, *tensors)]
+    outputs = torch.ops.neuronjit.forward(x, tensors, numbers, save, text)[:-1]
+    return output(call, [t.squeeze(-1) for t in outputs] if lifted else outputs)
 
 
 def _constant(value: Any, x: Tensor) -> Any:

@@ -279,7 +279,7 @@ def multistep_normed(
             fall_back(plan, error)
         else:
             if packed.here.contexts:
-                packed.note(plan.call, out.spikes)
+                packed.note(plan.call, out.spikes, {} if skip is None else {"skip": skip})
             return out
     return _followed(own, x, state, eps, {**asked, "backend": "eager"}, given)
 

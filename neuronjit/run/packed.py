@@ -1,4 +1,4 @@
-"""Spikes that autograd keeps for backward, as one bit each: see `packed_spikes`.
+"""Spikes that autograd keeps for backward, as one bit each, and their sums: see `packed_spikes`.
 
 Which tensors are spikes is never read off their numbers, which would make the host wait for a GPU.
 Each call of `multistep` notes the memory that it wrote spikes to; what autograd saves is looked up
@@ -7,8 +7,9 @@ by its memory, whatever view of it that is.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -32,9 +33,10 @@ def packed_spikes() -> Iterator[None]:
     What autograd keeps of the spikes of `multistep`, and of all layers that call it, is packed in
     forward and unpacked in backward: inputs of the next convolutions, linear layers, products,
     poolings and neurons. Views of spikes count, and one copy of them (contiguous, cast to another
-    floating dtype, max pooling). Gradients are the same, bit for bit. Whatever may be other than 0
-    and 1 is kept as it is: sums of spikes, models that put out `y` or several levels, surrogates
-    with `spiking=False`. Backward may run outside of the context.
+    floating dtype, max pooling). Sums, products and concatenations of spikes, as residuals make
+    them, take 1, 2, 4 or 8 bits, by how great they can be. Gradients are the same, bit for bit.
+    Whatever may be another number is kept as it is: averages, models that put out `y` or several
+    levels, surrogates with `spiking=False`. Backward may run outside of the context.
 
     It holds for one thread, as torch's `saved_tensors_hooks` do, with which it is made: within
     other such hooks, or `torch.utils.checkpoint`, the innermost are asked. Compiled graphs decide
@@ -61,12 +63,14 @@ here = _Here()
 
 
 class _Spikes:
-    """What is known of memory that holds spikes and nothing else."""
+    """What is known of memory that holds spikes, or numbers made of them, and nothing else."""
 
-    __slots__ = ("bits", "counter", "dtype", "version")
+    __slots__ = ("bits", "counter", "dtype", "most", "version")
 
-    def __init__(self, spikes: Tensor) -> None:
+    def __init__(self, spikes: Tensor, most: int = 1) -> None:
+        """`most`: none of the numbers is greater."""
         self.dtype = spikes.dtype
+        self.most = most
         self.version = spikes._version
         # no memory, but the version counter of the spikes, which outlives them
         self.counter = spikes.detach()
@@ -74,47 +78,74 @@ class _Spikes:
         # shared by all who save the spikes on one CUDA stream, as long as one of them lives
         self.bits: dict[int, ReferenceType[Tensor]] = {}
 
+    @property
+    def width(self) -> int:
+        """The bits that hold one of the numbers."""
+        return next(width for width in _WORDS if self.most < 1 << width)
+
     def unchanged(self) -> bool:
         return self.counter._version == self.version
 
 
 _KEY = "neuronjit: spikes"  # in the metadata of autograd's nodes
 _known: WeakKeyDictionary[torch.UntypedStorage, _Spikes] = WeakKeyDictionary()
+_NONE: Mapping[str, Tensor] = {}
 
 
-def note(call: Call, spikes: Tensor) -> None:
-    """Remember the output of a call, if it is nothing but 0 and 1."""
-    if not (call.surrogate.spiking and _fires(call.model)) or spikes.is_inference():
+def note(call: Call, spikes: Tensor, inputs: Mapping[str, Tensor] = _NONE) -> None:
+    """Remember the output of a call, if it is nothing but 0 and 1, or sums of these.
+
+    `inputs` are those of the model of which something may be known.
+    """
+    if not call.surrogate.spiking or spikes.is_inference():
         return
-    known = _known[spikes.untyped_storage()] = _Spikes(spikes)
+    known = {name: _spikes_of(tensor) for name, tensor in inputs.items()}
+    most = _greatest(call.model, tuple((n, k.most) for n, k in known.items() if k is not None))
+    if not most:
+        return
+    made = _known[spikes.untyped_storage()] = _Spikes(spikes, most)
     node: Any = spikes.grad_fn
-    if node is not None and spikes.output_nr == 0:  # what `_is_copy_of_spikes` relies on
-        node.metadata[_KEY] = known
+    if node is not None and spikes.output_nr == 0:  # what `_made_of_spikes` relies on
+        node.metadata[_KEY] = made
+
+
+_Combine = Callable[[Iterable[int]], int]
+_COMBINED: dict[str, _Combine] = {"*": math.prod, "+": sum}  # of others, the greatest
 
 
 @cache
-def _fires(model: NeuronModel) -> bool:
-    """Whether what comes out is 0 or 1, whatever goes in, as its equations show."""
+def _greatest(model: NeuronModel, inputs: tuple[tuple[str, int], ...]) -> int:
+    """The greatest whole number that comes out, as the equations show; 0: it may be any number.
+
+    `inputs` are whole numbers up to these; whatever else goes in may be any number.
+    """
     steps = program(model, "own" if model.own_reset else "hard", False)
     made = {s.target: s.expression for s in steps.statements}
 
-    def binary(tree: Node) -> bool:
+    def most(tree: Node) -> int | None:
         match tree.op:
             case "fire":
-                return True
+                return 1
+            case "name" if tree.value in made:
+                return most(made[str(tree.value)])
             case "name":
-                return tree.value in made and binary(made[str(tree.value)])
+                return dict(inputs).get(str(tree.value))
             case "number":
-                return tree.value in (0.0, 1.0)
-            case "where":
-                return all(map(binary, tree.args[1:]))
-            case "*" | "detach":
-                return all(map(binary, tree.args))
-            case "-" if len(tree.args) == 2:
-                return tree.args[0] == number(1) and binary(tree.args[1])
-        return False
+                return int(tree.value) if tree.value in (0.0, 1.0) else None
+            case "-" if len(tree.args) == 2 and tree.args[0] == number(1):
+                return 1 if most(tree.args[1]) in (0, 1) else None
+            case "where" | "*" | "detach" | "+":
+                found = [most(arg) for arg in tree.args[tree.op == "where" :]]
+                known = [greatest for greatest in found if greatest is not None]
+                return _COMBINED.get(tree.op, max)(known) if known == found else None
+        return None
 
-    return binary(name(steps.spikes))
+    return _whole(most(name(steps.spikes)) or 0)
+
+
+def _whole(most: int) -> int:
+    """`most`, or 0 where a byte does not hold it."""
+    return most if most < 1 << 8 else 0
 
 
 # --- what autograd asks ---------------------------------------------------------------------------
@@ -126,6 +157,7 @@ class _Saved(NamedTuple):
     counted: Tensor  # the tensor, or what has its version counter
     version: int
     bits: Tensor | None
+    width: int
     shape: torch.Size
     strides: tuple[int, ...]
     offset: int
@@ -135,11 +167,12 @@ class _Saved(NamedTuple):
 def _pack(x: Tensor) -> _Saved:
     known = _spikes_of(x)
     if known is None:
-        counted, bits = x.detach(), None  # not x: an output that its own node keeps is never freed
+        # not x: an output that its own node keeps is never freed
+        counted, bits, width = x.detach(), None, 0
     else:
-        counted, bits = known.counter, _bits_of(x, known)
+        counted, bits, width = known.counter, _bits_of(x, known), known.width
     offset = int(x.storage_offset())
-    return _Saved(counted, counted._version, bits, x.shape, x.stride(), offset, x.dtype)
+    return _Saved(counted, counted._version, bits, width, x.shape, x.stride(), offset, x.dtype)
 
 
 def _unpack(saved: _Saved) -> Tensor:
@@ -154,9 +187,10 @@ def _unpack(saved: _Saved) -> Tensor:
         return saved.counted
     # the bytes that the view reads, which may be one step of many
     extent = sum((n - 1) * stride for n, stride in zip(saved.shape, saved.strides, strict=True))
-    first, last = saved.offset // 8, (saved.offset + extent) // 8
-    values = unpack_bits(saved.bits[first : last + 1], saved.dtype)
-    return values.as_strided(saved.shape, saved.strides, saved.offset - 8 * first)
+    each = 8 // saved.width
+    first, last = saved.offset // each, (saved.offset + extent) // each
+    values = unpack_bits(saved.bits[first : last + 1], saved.dtype, saved.width)
+    return values.as_strided(saved.shape, saved.strides, saved.offset - each * first)
 
 
 def _spikes_of(x: Tensor) -> _Spikes | None:
@@ -165,8 +199,9 @@ def _spikes_of(x: Tensor) -> _Spikes | None:
         return None
     storage = x.untyped_storage()
     known = _known.get(storage)
-    if known is None and not x._version and _is_copy_of_spikes(x):
-        known = _known[storage] = _Spikes(x)
+    if known is None and not x._version and (most := _made_of_spikes(x)):
+        known = _known[storage] = _Spikes(x, most)
+        _writer(x).metadata.setdefault(_KEY, known)
     if known is None or x.dtype != known.dtype:
         return None
     return known if known.unchanged() and x._version == known.version else None
@@ -179,31 +214,55 @@ _VIEWS = {
     "SqueezeBackward2", "TBackward0", "TransposeBackward0", "UnbindBackward0",
     "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0",
 }  # fmt: skip
-_COPIES = {
+# operations whose results are whole numbers where their inputs are, and how great these can be
+_COPIES = (
     "CloneBackward0", "MaxPool2DWithIndicesBackward0", "MaxPool3DWithIndicesBackward0",
     "ToCopyBackward0",
-}  # fmt: skip
+)  # fmt: skip
+_GREATEST: dict[str, _Combine] = {
+    **dict.fromkeys((*_COPIES, "CatBackward0", "StackBackward0"), max),
+    "AddBackward0": sum,
+    "MulBackward0": math.prod,
+}
 
 
-def _is_copy_of_spikes(x: Tensor) -> bool:
-    """Whether x, which was never changed in place, is one copy of spikes that never were either.
+def _made_of_spikes(x: Tensor) -> int:
+    """How great numbers of x, never changed in place, can be; 0 where they may be any numbers.
 
-    Not a copy of a copy: whether the first was changed in between, no one can tell.
+    One operation made them of spikes, or of what is known from here, that never were changed
+    either. Of its other inputs no one can tell whether they were changed before it.
     """
-    node: Any = x.grad_fn
-    output, copies = x.output_nr, 0
-    while node is not None:
-        spikes = node.metadata.get(_KEY)
-        if spikes is not None:
-            return output == 0 and spikes.unchanged() and x.is_floating_point() and x.itemsize > 1
-        did = node.name()
-        copies += did in _COPIES
-        if copies > 1 or not (did in _COPIES or did in _VIEWS):
-            return False
-        if {*getattr(node, "_saved_dilation", ())} - {1}:
-            return False  # a window may see padding alone, which is -inf
+    if not x.is_floating_point() or x.itemsize == 1:
+        return 0
+    node = _writer(x)
+    if node is None:
+        return 0
+    if _KEY in node.metadata:
+        return _most(node)
+    greatest = _GREATEST.get(node.name())
+    if greatest is None or getattr(node, "_saved_alpha", 1) != 1:
+        return 0
+    if {*getattr(node, "_saved_dilation", ())} - {1}:
+        return 0  # a window may see padding alone, which is -inf
+    inputs = [_most(_past_views(*of)) for of in node.next_functions]
+    return _whole(greatest(inputs)) if all(inputs) else 0
+
+
+def _writer(x: Tensor) -> Any:
+    """The node of autograd that wrote x's memory, if x is a view of its first result."""
+    return _past_views(x.grad_fn, x.output_nr)
+
+
+def _past_views(node: Any, output: int) -> Any:
+    while node is not None and node.name() in _VIEWS and _KEY not in node.metadata:
         node, output = node.next_functions[0]
-    return False
+    return None if output else node
+
+
+def _most(node: Any) -> int:
+    """How great the numbers that it wrote can be, as far as is known and they were not changed."""
+    known = None if node is None else node.metadata.get(_KEY)
+    return known.most if known is not None and known.unchanged() else 0
 
 
 # --- bits -----------------------------------------------------------------------------------------
@@ -216,28 +275,36 @@ def _bits_of(x: Tensor, known: _Spikes) -> Tensor:
     bits = None if kept is None else kept()
     if bits is None:
         elements = x.untyped_storage().nbytes() // x.itemsize
-        bits = pack_bits(x.detach().as_strided((elements,), (1,), 0))
+        bits = pack_bits(x.detach().as_strided((elements,), (1,), 0), known.width)
         known.bits[stream] = ref(bits)
     return bits
 
 
-_GATHER = 0x0102040810204080  # times eight bytes of 0 or 1: the highest byte has the bit of each
+# by the bits of a number: the integer that has as many bytes as a byte has such numbers
+_WORDS = {1: torch.int64, 2: torch.int32, 4: torch.int16, 8: torch.uint8}
 
 
-def pack_bits(flat: Tensor) -> Tensor:
-    """Eight numbers a byte, the first of them lowest: its bit is set where it is not 0."""
-    ones = flat.bool().view(torch.uint8)  # flat.ne(0) takes up to four times as long on a CPU
-    if len(ones) % 8:
-        ones = torch.nn.functional.pad(ones, (0, -len(ones) % 8))
-    return ones.view(torch.int64).mul_(_GATHER).view(torch.uint8)[7::8].contiguous()
+def pack_bits(flat: Tensor, width: int = 1) -> Tensor:
+    """Numbers from 0 to 2**width - 1, as many a byte as it holds, the first of them lowest."""
+    # flat.ne(0) takes up to four times as long on a CPU
+    whole = flat.bool().view(torch.uint8) if width == 1 else flat.to(torch.uint8)
+    each = 8 // width
+    if each == 1:
+        return whole
+    if len(whole) % each:
+        whole = torch.nn.functional.pad(whole, (0, -len(whole) % each))
+    # the product's highest byte has each number at its place, and no other sum reaches it
+    gather = sum(1 << 8 * (each - 1 - i) + width * i for i in range(each))
+    return whole.view(_WORDS[width]).mul_(gather).view(torch.uint8)[each - 1 :: each].contiguous()
 
 
-def unpack_bits(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Eight numbers, 0 or 1, for each byte."""
+def unpack_bits(bits: Tensor, dtype: torch.dtype, width: int = 1) -> Tensor:
+    """The numbers that `pack_bits` packed, and those of its padding."""
     # made anew: what is kept could belong to a captured graph, or to another stream
-    bit = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    shift = torch.arange(0, 8, width, dtype=torch.uint8, device=bits.device)
+    ones = (1 << width) - 1
     if bits.is_cuda:  # where looking rows of eight up takes fourteen times as long
-        return (bits.unsqueeze(1) >> bit).bitwise_and_(1).to(dtype).view(-1)
+        return (bits.unsqueeze(1) >> shift).bitwise_and_(ones).to(dtype).view(-1)
     byte = torch.arange(256, dtype=torch.uint8, device=bits.device)
-    table = (byte.unsqueeze(1) >> bit).bitwise_and_(1).to(dtype)
+    table = (byte.unsqueeze(1) >> shift).bitwise_and_(ones).to(dtype)
     return table.index_select(0, bits.int()).view(-1)

@@ -36,7 +36,7 @@ MULTIPROCESSORS = 132  # of an H100, where the shapes of kernels were measured
 # below so many threads the next rows are loaded ahead (backward FEW, forward VERY_FEW); with fewer
 # than VERY_FEW left, threads are not made wider
 FEW, VERY_FEW = 1024 * MULTIPROCESSORS, 512 * MULTIPROCESSORS
-TERMS_OF_FOUR = 448  # of K steps in backward: with more, four lanes take too many registers
+TERMS_OF_FOUR = 400  # of K steps in backward: with more, four lanes take too many registers
 KEEPS_RECIPROCALS = True  # of parameters: a division takes ten times as long as a product
 # --fmad=false and IEEE division keep spikes bit-identical to the CPU's; kernels wait for memory,
 # not for these.
