@@ -60,6 +60,14 @@ def known(names: Iterable[str]) -> str:
     return "Known: " + ", ".join(sorted(names))
 
 
+def expect_known(value: Any, names: Iterable[str], what: str) -> str:
+    """The value, if it is one of these names. Raises SpecError."""
+    allowed = [*names]
+    if not isinstance(value, str) or value not in allowed:
+        raise SpecError(f"unknown {what} {ascii(value)[:80]}. {known(allowed)}")
+    return value
+
+
 def expect(value: Any, kind: type, what: str) -> Any:
     """The value, if it is of exactly this type: True is no int here. Raises SpecError."""
     if type(value) is not kind:

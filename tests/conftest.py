@@ -50,11 +50,20 @@ def _no_cuda():
     return None
 
 
+def _no_nvrtc():
+    """Why tests marked `nvrtc` cannot run here, or None."""
+    from neuronjit.kernels.targets import cuda
+
+    why = cuda.why_unavailable() or ""
+    return why if "NVRTC" in why else None
+
+
 def pytest_collection_modifyitems(items):
-    marked = [item for item in items if item.get_closest_marker("cuda")]
-    if marked and (reason := _no_cuda()):
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason=reason))
+    for marker, why in (("cuda", _no_cuda), ("nvrtc", _no_nvrtc)):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and (reason := why()):
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
     for item in items:
         if item.get_closest_marker("memory") and "PYTEST_XDIST_WORKER" in os.environ:
             item.add_marker(pytest.mark.skip(reason="run apart, without -n: pytest -m memory"))

@@ -104,7 +104,7 @@ def test_each_neuron_is_walked_once() -> None:
             assert (turns - 1) * grid.slices * rows * step < n // period  # no block is idle
 
 
-@pytest.mark.skipif("NVRTC" in str(cuda.why_unavailable()), reason="needs CuPy's NVRTC")
+@pytest.mark.nvrtc
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("lanes", [1, 4])
 def test_nvrtc_compiles_them(direction: str, lanes: int) -> None:

@@ -157,29 +157,32 @@ def test_p17_a_whole_entry_that_does_not_load_is_rebuilt_once(base, way):
     assert admin.verify(build.why_no_kernel)[1] == [] and admin.stats()["rebuilt"] == {"damaged": 1}
 
 
-def binaries():
-    yield cpu, SPEC.symbol, cpu.arch(), build.entry(SPEC, cpu.arch()).binary
-    spec = KernelSpec.of("if", "cuda", "forward", "atan", "hard", False, "float32")
-    for arch in ("sm_90", "sm_90a", "sm_100a", "sm_130"):  # the last is PTX: newer than NVRTC
-        yield cuda, spec.symbol, arch, cuda.compile(render_specs([spec]), spec.symbol, arch)
+PTX = "sm_130"  # newer than NVRTC
+CUDA_ARCHS = ("sm_90", "sm_90a", "sm_100a", PTX)
 
 
-def test_p17_what_is_cut_short_or_for_another_machine_is_no_kernel(base):
+@pytest.mark.parametrize(
+    "arch", ["cpu", *(pytest.param(arch, marks=pytest.mark.nvrtc) for arch in CUDA_ARCHS)]
+)
+def test_p17_what_is_cut_short_or_for_another_machine_is_no_kernel(base, arch):
     """Every prefix; and changed bytes, of headers above all, are no exception."""
     generator = random.Random(0)
-    for target, symbol, arch, binary in binaries():
-        assert target.check(binary, symbol, arch) == ""
-        assert all(target.check(binary[:size], symbol, arch) for size in range(len(binary)))
-        assert target.check(binary, "another", arch)
-        for _ in range(2000):
-            changed = bytearray(binary)
-            at = generator.randrange(64 if generator.random() < 0.3 else len(binary))
-            changed[at] ^= 1 << generator.randrange(8)
-            assert isinstance(target.check(bytes(changed), symbol, arch), str)
-        if target is cpu:
-            assert cpu.check(binary, symbol, "aarch64")
-        elif arch == "sm_90":
-            assert not cuda.check(binary, symbol, "sm_90") and cuda.check(binary, symbol, "sm_80")
+    if arch == "cpu":
+        target, spec, arch, other = cpu, SPEC, cpu.arch(), "aarch64"
+        binary = build.entry(spec, arch).binary
+    else:
+        spec = KernelSpec.of("if", "cuda", "forward", "atan", "hard", False, "float32")
+        target, other = cuda, "sm_80"
+        binary = cuda.compile(render_specs([spec]), spec.symbol, arch)
+    assert target.check(binary, spec.symbol, arch) == ""
+    assert arch == PTX or target.check(binary, spec.symbol, other)
+    assert target.check(binary, "another", arch)
+    assert all(target.check(binary[:size], spec.symbol, arch) for size in range(len(binary)))
+    for _ in range(2000):
+        changed = bytearray(binary)
+        at = generator.randrange(64 if generator.random() < 0.3 else len(binary))
+        changed[at] ^= 1 << generator.randrange(8)
+        assert isinstance(target.check(bytes(changed), spec.symbol, arch), str)
 
 
 def test_p17_no_prefix_ends_the_process_that_loads_it(base):
@@ -706,6 +709,7 @@ def test_p24_the_first_kernel_in_a_data_loaders_worker(base):
 # --- archs ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.nvrtc
 def test_prebuild_names_the_archs_that_nvrtc_knows(base):
     for arch in ("sm_999", "sm_20", "sm_90b", "sm_9٠"):
         with pytest.raises(nj.SpecError, match=r"Known: .*sm_90.*sm_100"):
@@ -714,6 +718,7 @@ def test_prebuild_names_the_archs_that_nvrtc_knows(base):
     assert cuda.check_arch("sm_130", recorded=True) == "sm_130"
 
 
+@pytest.mark.nvrtc
 def test_a_gpu_newer_than_nvrtc_gets_ptx(base):
     spec = KernelSpec.of("if", "cuda", "forward", "atan", "hard", False, "float32")
     binary = build.entry(spec, "sm_130").binary

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,10 +57,7 @@ for p, q in zip(fast.parameters(), plain.parameters(), strict=True):
 """
 
 FSDP = """
-try:
-    from torch.distributed.fsdp import fully_shard
-except ImportError:
-    from torch.distributed._composable.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.device_mesh import init_device_mesh
 # fully_shard takes no 0-dim parameters: one for each channel
 plain = network(channels=5)
@@ -112,6 +110,10 @@ def test_ddp_has_the_gradients_of_one_process(tmp_path: Path, processes: int) ->
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"),
+    reason="fully_shard runs on no CPU in torch 2.6, also of one torch.nn.Linear",
+)
 def test_fsdp_learns_what_one_process_learns(tmp_path: Path) -> None:
     said = torchrun(2, script(tmp_path, FSDP), cwd=tmp_path)
     assert said.count("done") == 2

@@ -25,11 +25,6 @@ ARCHS = (slow("sm_75"), "sm_90")
 MODELS = ("if", "lif", "lif_no_decay", "plif", "plif_no_decay", "qif", "izhikevich", "eif")
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 
-needs_nvrtc = pytest.mark.skipif(
-    cuda.why_unavailable() is not None and "NVRTC" in str(cuda.why_unavailable()),
-    reason="needs CuPy's NVRTC: pip install -e '.[cuda12]'",
-)
-
 
 def compiled(source: str, arch: str, *options: str) -> tuple[bytes, str]:
     """The cubin, and what the compiler said."""
@@ -66,7 +61,7 @@ def exported(symbols_of: str, path: Path, **choices: object) -> list[str]:
     return symbols
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 @pytest.mark.parametrize("neuron", [n if n == "plif" else slow(n) for n in SEED_NEURONS])
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("surrogates", [SEED_SURROGATES[:1], slow(SEED_SURROGATES[1:])])
@@ -164,7 +159,7 @@ SAMPLES = [slice(6), slow(slice(6, 60))]
 each_sample = pytest.mark.parametrize("some", SAMPLES, ids=["6", "54 more"])
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 @pytest.mark.parametrize("arch", ARCHS)
 @each_sample
 def test_nvrtc_compiles_a_sample_of_everything(some: slice, arch: str) -> None:
@@ -205,7 +200,7 @@ def test_filters(tmp_path: Path) -> None:
     assert not (tmp_path / "c.cu").exists()
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("arch", ARCHS)
@@ -219,7 +214,7 @@ def test_nothing_spills(arch: str, model: str) -> None:
             assert not cuda.usage(said)["spilled"], said
 
 
-@needs_nvrtc
+@pytest.mark.nvrtc
 def test_a_directory_gets_one_file_a_kernel(tmp_path: Path) -> None:
     folder = tmp_path / "kernels"
     symbols = exported(

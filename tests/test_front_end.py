@@ -314,6 +314,16 @@ def test_it_is_an_entry_of_the_cache() -> None:
     assert front_end.entry().binary == entry.binary
 
 
+def test_a_torch_with_another_abi_finds_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = not torch.compiled_with_cxx11_abi()
+    front_end.entry()
+    monkeypatch.setenv("NEURONJIT_NO_COMPILE", "1")
+    assert front_end.entry()
+    monkeypatch.setattr(torch, "compiled_with_cxx11_abi", lambda: other)
+    with pytest.raises(nj.BackendError, match="no cache holds it"):
+        front_end.entry()
+
+
 def test_it_can_be_built_ahead(capsys: pytest.CaptureFixture[str]) -> None:
     from neuronjit import cli
 

@@ -247,7 +247,7 @@ def test_rendered_and_recorded(direction: str) -> None:
         nj.render(MODEL, per_step="x")
 
 
-@pytest.mark.skipif("NVRTC" in str(cuda.why_unavailable()), reason="needs CuPy's NVRTC")
+@pytest.mark.nvrtc
 @pytest.mark.parametrize("steps", [4, 100])
 def test_nvrtc_compiles_them(steps: int) -> None:
     for direction in ("forward", "backward"):

@@ -175,7 +175,7 @@ def test_layers_and_single_steps(name: str) -> None:
         assert set(whole.unique().tolist()) <= {0.0, 1.0, 2.0, 3.0, 4.0} and whole.max() > 1
 
 
-@pytest.mark.skipif("NVRTC" in str(cuda.why_unavailable()), reason="needs CuPy's NVRTC")
+@pytest.mark.nvrtc
 @pytest.mark.parametrize("name", MODELS)
 def test_nvrtc_compiles_them(name: str) -> None:
     own = model(name)

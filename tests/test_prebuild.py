@@ -214,12 +214,9 @@ def test_choices_cover_what_calls_look_up(monkeypatch, target, name, dtype):
     assert plain <= set(ahead.choices([name], target, **options))
 
 
+@pytest.mark.nvrtc
 def test_prebuild_for_gpus_that_are_not_here(tmp_path, monkeypatch, capsys):
     """Two generations in one go."""
-    try:
-        cuda.fingerprint("sm_90")
-    except nj.BackendError as error:
-        pytest.skip(f"needs NVRTC: {error}")
     monkeypatch.setenv("NEURONJIT_CACHE_DIR", str(tmp_path / "cache"))
     words = (
         "prebuild --neuron if --surrogate atan --dtype float16 --arch sm_75 sm_90 --jobs 2 --json"

@@ -276,11 +276,9 @@ def test_names_are_not_machine_code_but_constants_and_imports_are(tmp_path: Path
     assert other[0] == size and other[1] != code
 
 
+@pytest.mark.nvrtc
 def test_names_of_cuda_kernels_are_not_machine_code(tmp_path: Path) -> None:
-    pytest.importorskip("cupy", reason="needs CuPy's NVRTC: pip install -e '.[cuda12]'")
     compilers = replay.Compilers((), (), tmp_path)
-    if why := compilers.missing("sm_90"):
-        pytest.skip(why)
 
     def built(name: str, body: str) -> dict[str, object]:
         text = f'extern "C" __global__ void {name}(double* a) {{ *a = {body}; }}'

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputTypeError, SpecError, known
+from ..errors import InputTypeError, SpecError, expect_known, known
 from ..nn import detach_net, reset_net
+from ..nn.neuron import STEP_MODES
 
 __all__ = [
     "detach_net", "multi_step_forward", "reset_net", "seq_to_ann_forward", "set_backend",
@@ -25,8 +26,7 @@ def set_step_mode(net: torch.nn.Module, step_mode: str) -> None:
     A `MultiStepContainer` or `SeqToANNContainer` gives its modules what they take, so they stay as
     they are. Raises SpecError for a step_mode that is not "s" or "m".
     """
-    if step_mode not in ("s", "m"):
-        raise SpecError(f"unknown step_mode {ascii(step_mode)[:80]}. {known(['s', 'm'])}")
+    expect_known(step_mode, STEP_MODES, "step_mode")
     if hasattr(net, "step_mode"):
         net.step_mode = step_mode  # type: ignore[assignment]
     if not getattr(net, "takes_sequences", False):

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SpecError, known
+from ..errors import SpecError, expect_known
+from ..nn.neuron import STEP_MODES
 from .functional import multi_step_forward, seq_to_ann_forward
 
 # torch's own layers, which 0.0.0.0.14 has with a step_mode
@@ -29,8 +30,8 @@ class _Stepped:
         self.step_mode = step_mode
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "step_mode" and value not in ("s", "m"):
-            raise SpecError(f"unknown step_mode {ascii(value)[:80]}. {known(['s', 'm'])}")
+        if name == "step_mode":
+            expect_known(value, STEP_MODES, "step_mode")
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:

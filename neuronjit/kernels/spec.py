@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import InputTypeError, SpecError, known
+from ..errors import InputTypeError, SpecError, expect_known, known
 from ..language.cpp import divided_by
 from ..models.block import RESETS, program
 from ..models.model import NeuronModel
@@ -102,8 +102,7 @@ class KernelSpec:
         """Raise SpecError for all that no call would use: what is shown or built ahead is used."""
         choices = dict(target=TARGETS, direction=DIRECTIONS, dtype=DTYPES, reset=(*RESETS, "own"))
         for field, allowed in choices.items():
-            if (given := getattr(self, field)) not in allowed:
-                raise SpecError(f"unknown {field} {ascii(given)[:80]}. {known(allowed)}")
+            expect_known(getattr(self, field), allowed, field)
         model, backward = self.model, self.direction == "backward"
         if not isinstance(model, NeuronModel):
             raise InputTypeError(f"model must be a NeuronModel, got {type(model).__name__}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from ..errors import SpecError, known
+from ..errors import SpecError, expect_known, known
 from ..models.block import RESETS
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
@@ -23,6 +23,7 @@ from ..surrogates import ATan, Sigmoid, as_surrogate
 from ..torch_private import capturing
 
 Number = float | Tensor
+STEP_MODES = ("s", "m")  # one step a call, or a sequence
 _MANY = 32  # calls that look like single steps, before a layer of sequences warns
 # defaults are told from what a caller gives by identity, so these are objects of their own
 SIGMOID, ATAN = Sigmoid(alpha=4.0), ATan(alpha=2.0)
@@ -90,11 +91,9 @@ class Neuron(torch.nn.Module):
                 )
             surrogate_function = surrogate
         self.surrogate_function = surrogate_function
-        if reset not in [*RESETS]:
-            raise SpecError(f"unknown reset {ascii(reset)[:80]}. {known(RESETS)}")
         if channels is not None and (type(channels) is not int or channels < 1):
             raise SpecError(f"channels must be a positive int or None, got {ascii(channels)[:80]}")
-        self.reset_mode = reset
+        self.reset_mode = expect_known(reset, RESETS, "reset")
         self.detach_reset = detach_reset
         self.step_mode = step_mode
         self.store_v_seq = store_v_seq
@@ -390,8 +389,8 @@ class Neuron(torch.nn.Module):
             return
         if name == "surrogate_function":  # here: torch would make a module of SpikingJelly's
             value = as_surrogate(value)
-        elif name == "step_mode" and value not in ("s", "m"):
-            raise SpecError(f"unknown step_mode {ascii(value)[:80]}. {known(['s', 'm'])}")
+        elif name == "step_mode":
+            expect_known(value, STEP_MODES, "step_mode")
         elif name == "store_v_seq":
             self.v_seq = None
         super().__setattr__(name, value)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .. import settings
-from ..errors import InputTypeError, SpecError, known
+from ..errors import InputTypeError, SpecError, expect_known
 from ..kernels.targets import TARGETS
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
@@ -125,9 +125,7 @@ def as_backend(backend: Any) -> str:
     """The backend that was asked for, here or by NEURONJIT_BACKEND."""
     if backend is None:
         backend = settings.backend()
-    if not isinstance(backend, str) or backend not in BACKENDS:
-        raise SpecError(f"unknown backend {ascii(backend)[:80]}. {known(BACKENDS)}")
-    return backend
+    return expect_known(backend, BACKENDS, "backend")
 
 
 def as_names(given: Any, what: str = "record") -> tuple[Any, ...]:

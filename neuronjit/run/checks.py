@@ -11,7 +11,14 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .. import neurons
-from ..errors import DifferentiationError, InputTypeError, SpecError, expect_number, known
+from ..errors import (
+    DifferentiationError,
+    InputTypeError,
+    SpecError,
+    expect_known,
+    expect_number,
+    known,
+)
 from ..kernels.spec import DTYPES, NAMES
 from ..language.parse import nearest
 from ..models.block import RESETS
@@ -104,8 +111,7 @@ def check_names(
     model: NeuronModel, reset: Any, state: Mapping[Any, Any], params: Mapping[str, Any]
 ) -> None:
     """Raise SpecError unless the model has these states and parameters, and there is this reset."""
-    if not isinstance(reset, str) or reset not in [*RESETS]:
-        raise SpecError(f"unknown reset {ascii(reset)[:80]}. {known(RESETS)}")
+    expect_known(reset, RESETS, "reset")
     for name in params:
         if name not in model.keywords:
             meant = nearest(name, model.keywords) or "."

@@ -17,7 +17,6 @@
 #include <ATen/ExpandUtils.h>
 #include <ATen/Parallel.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -32,32 +31,36 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using Sizes = std::vector<int64_t>;
 
-// --- the driver of CUDA, which CuPy has loaded ---------------------------------------------------
+// --- CUDA, as CuPy and torch have loaded it ------------------------------------------------------
 
-struct Driver {
+struct Cuda {
   int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*,
                 void**, void**) = nullptr;
   int (*get_context)(void**) = nullptr;
   int (*set_context)(void*) = nullptr;
+  int (*get_stream)(int32_t, void**) = nullptr;
 
-  static const Driver& get() {
-    static const Driver driver;
-    return driver;
+  static const Cuda& get() {
+    static const Cuda cuda;
+    return cuda;
   }
 
  private:
-  Driver() {
-    void* library = dlopen("libcuda.so.1", RTLD_NOW);
-    TORCH_CHECK(library, "libcuda.so.1 cannot be loaded: ", dlerror());
-    find(library, "cuLaunchKernel", launch);
-    find(library, "cuCtxGetCurrent", get_context);
-    find(library, "cuCtxSetCurrent", set_context);
+  Cuda() {
+    const char* driver = "libcuda.so.1";
+    find(driver, "cuLaunchKernel", launch);
+    find(driver, "cuCtxGetCurrent", get_context);
+    find(driver, "cuCtxSetCurrent", set_context);
+    // torch's C interface, the same in all versions; Stream::native_handle came after 2.6
+    find("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream", get_stream);
   }
 
   template <typename Function>
-  static void find(void* library, const char* name, Function& function) {
-    function = reinterpret_cast<Function>(dlsym(library, name));
-    TORCH_CHECK(function, "libcuda.so.1 has no ", name);
+  static void find(const char* name, const char* symbol, Function& function) {
+    void* library = dlopen(name, RTLD_NOW);
+    TORCH_CHECK(library, name, " cannot be loaded: ", dlerror());
+    function = reinterpret_cast<Function>(dlsym(library, symbol));
+    TORCH_CHECK(function, name, " has no ", symbol);
   }
 };
 
@@ -152,13 +155,14 @@ void Launch::run(const Places& places, const c10::Device& device) const {
     return;
   }
   c10::DeviceGuard here(device);  // and back to the device that was current, whatever comes
-  const Driver& driver = Driver::get();
-  void* current = nullptr;
-  driver.get_context(&current);
-  if (current != context) driver.set_context(context);  // autograd's threads start with none
-  void* stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+  const Cuda& cuda = Cuda::get();
+  void *current = nullptr, *stream = nullptr;
+  cuda.get_context(&current);
+  if (current != context) cuda.set_context(context);  // autograd's threads start with none
+  int error = cuda.get_stream(device.index(), &stream);
+  TORCH_CHECK(!error, "torch has no current stream on ", device);
   void* arguments[] = {packed.data()};
-  int error = driver.launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, arguments, nullptr);
+  error = cuda.launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, arguments, nullptr);
   TORCH_CHECK(!error, "cuLaunchKernel failed with CUDA error ", error);
 }
 
@@ -508,7 +512,7 @@ void add_kernel(pybind11::object capsule, uint64_t asked, bool aligned, uintptr_
     launch.results.push_back({wanted, like_x, part, row});
   if (plan->device.is_cuda()) {
     c10::DeviceGuard guard(plan->device);
-    Driver::get().get_context(&launch.context);
+    Cuda::get().get_context(&launch.context);
   }
   std::lock_guard<std::mutex> lock(plan->adding);
   plan->launches.emplace(std::make_pair(asked, aligned), std::move(launch));

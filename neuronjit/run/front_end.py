@@ -115,20 +115,25 @@ def entry() -> store.Entry:
     arch = cpu.arch()
     source = Path(__file__).with_suffix(".cpp").read_text("ascii")
     python = f"{sys.implementation.cache_tag} {sysconfig.get_config_var('SOABI')}"
-    asked = {"source": hashlib.sha256(source.encode()).hexdigest(), "python": python}
-    request = json.dumps({"front end": {**asked, "torch": torch.__version__}}, sort_keys=True)
+    # builds of torch 2.6 differ in it
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    asked = {
+        "source": hashlib.sha256(source.encode()).hexdigest(), "python": python,
+        "torch": torch.__version__, "abi": abi,
+    }  # fmt: skip
+    request = json.dumps({"front end": asked}, sort_keys=True)
 
     def compile_now() -> store.Entry:
         folder = Path(torch.__file__).parent
         include = [folder / "include", folder / "include/torch/csrc/api/include"]
-        options = [*_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-        options += [f"-I{path}" for path in (*include, sysconfig.get_path("include"))]
+        folders = (*include, sysconfig.get_path("include"))
+        options = [*_FLAGS, abi, *(f"-I{path}" for path in folders)]
         libraries = [f"-L{folder / 'lib'}", *_LIBRARIES]
         with build.told("the front end"):
             binary = cpu.shared_object(source, _SYMBOL, arch, [options], libraries)
         meta = {
-            "spec": _SYMBOL, "symbol": _SYMBOL, "request": request, "target": _TARGET,
-            "arch": arch, "fingerprint": fingerprint, "versions": {"neuronjit": build.version()},
+            "symbol": _SYMBOL, "request": request, "target": _TARGET, "arch": arch,
+            "fingerprint": fingerprint, "versions": {"neuronjit": build.version()},
         }  # fmt: skip
         return store.Entry(key, meta, source, binary)
 

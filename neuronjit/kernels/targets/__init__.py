@@ -7,7 +7,7 @@ import itertools
 from functools import cache
 from typing import cast
 
-from ...errors import BackendError, SpecError, known
+from ...errors import BackendError, expect_known
 from ...models.model import NeuronModel
 from .base import Shape, Target
 
@@ -17,8 +17,7 @@ TARGETS = ("cuda", "cpu")  # each is a module here, and a header in templates/
 @cache
 def by_name(name: str) -> Target:
     """The target's module. Raises SpecError, and BackendError where it cannot be imported."""
-    if name not in TARGETS:
-        raise SpecError(f"unknown target {ascii(name)[:80]}. {known(TARGETS)}")
+    expect_known(name, TARGETS, "target")
     try:
         return cast(Target, importlib.import_module(f".{name}", __package__))
     except (OSError, ImportError) as error:  # out of descriptors, say
