@@ -20,7 +20,7 @@ from ..run.autograd import Output, multistep, note_carried
 from ..run.checks import check_number
 from ..settings import warn_once
 from ..surrogates import ATan, Sigmoid, as_surrogate
-from ..torch_private import capturing
+from ..torch_private import capturing, current_backward
 
 Number = float | Tensor
 _MANY = 32  # calls that look like single steps, before a layer of sequences warns
@@ -53,6 +53,7 @@ class Neuron(torch.nn.Module):
     surrogate_function: Surrogate
     backend: str | None = None  # old SpikingJelly's MemoryModule has a property of this name
     _derived: tuple[str, ...] = ()  # parameters of the model that a subclass computes
+    _made_in = -1  # the backward in which the state was made, -1 outside of one
     _norm: Any = None  # the batch norm before it, which its kernels do: see batch_norm.py
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
@@ -272,7 +273,18 @@ class Neuron(torch.nn.Module):
                     learning = True
                     note_carried(value, type(self).__name__)
             kept[name] = value
-        if carried and sequence and not is_compiling():
+        if is_compiling():
+            return kept
+        now = current_backward()
+        if carried and now not in (-1, self._made_in):
+            raise SpecError(
+                f"torch.utils.checkpoint runs {type(self).__name__} again, which would go on from"
+                " the state in which it ended, not from that in which the call began: call"
+                " reset_net(net) inside the checkpointed function, or functional_forward, which"
+                " is given its state"
+            )
+        self.__dict__["_made_in"] = now  # attributes of modules are slow to set
+        if carried and sequence:
             if shape[0] == 1 or (learning and len(shape) in (2, 4)):
                 self._note_single_step(x)
             elif self._steps_alone:
@@ -286,7 +298,7 @@ class Neuron(torch.nn.Module):
         `[N, C, H, W]`, of which it takes the first dimension for time. Resets in between do not
         end the count, because loops may be short; a whole sequence that goes on from another does.
         """
-        self.__dict__["_steps_alone"] += 1  # attributes of modules are slow to set
+        self.__dict__["_steps_alone"] += 1
         if self._steps_alone == _MANY:
             warn_once(
                 "single steps",
