@@ -213,9 +213,9 @@ class _Multistep(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         try:
             x, checkpoints, *tensors = ctx.saved_tensors
-        except RuntimeError:  # freed by an earlier backward, perhaps
+        except RuntimeError as error:  # freed by an earlier backward, perhaps
             if layer := getattr(ctx, "carried_by", ""):
-                is_gone(ctx.plan, layer, grads)
+                is_gone(ctx.plan, layer, grads, str(error))
             raise
         wanted = ctx.needs_input_grad[1:]
         if all(grad is None for grad in grads):
