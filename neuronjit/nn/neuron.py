@@ -16,7 +16,7 @@ from ..models.block import RESETS
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
 from ..neurons import as_model
-from ..run.autograd import Output, multistep, note_carried
+from ..run.autograd import Output, carried, multistep
 from ..run.checks import check_number
 from ..settings import warn_once
 from ..surrogates import ATan, Sigmoid, as_surrogate
@@ -255,7 +255,7 @@ class Neuron(torch.nn.Module):
         sequence, shape, device = self.step_mode == "m" and x.dim() > 0, x.shape, x.device
         step = shape[1:] if sequence else shape
         kept: dict[str, Any] = {}
-        carried = learning = False
+        goes_on = learning = False
         for name, value in self._memories.items():
             if isinstance(value, Tensor) and name not in self._assigned:
                 if value.shape != step:
@@ -264,19 +264,13 @@ class Neuron(torch.nn.Module):
                     value = value.to(device)
                 if value is self._held.get(name):
                     value = value.clone()  # autograd may save it, and its place is written again
-                elif is_compiling():
-                    pass  # Dynamo breaks its graph at is_inference()
-                elif value.is_inference() and not torch.is_inference_mode_enabled():
-                    value = value.clone()  # autograd cannot save it: training after an evaluation
-                carried = True
-                if value.requires_grad and not is_compiling():
-                    learning = True
-                    note_carried(value, type(self).__name__)
+                value = carried(value, type(self).__name__)
+                goes_on, learning = True, learning or value.requires_grad
             kept[name] = value
         if is_compiling():
             return kept
         now = current_backward()
-        if carried and now not in (-1, self._made_in):
+        if goes_on and now not in (-1, self._made_in):
             raise SpecError(
                 f"torch.utils.checkpoint runs {type(self).__name__} again, which would go on from"
                 " the state in which it ended, not from that in which the call began: call"
@@ -284,7 +278,7 @@ class Neuron(torch.nn.Module):
                 " is given its state"
             )
         self.__dict__["_made_in"] = now  # attributes of modules are slow to set
-        if carried and sequence:
+        if goes_on and sequence:
             if shape[0] == 1 or (learning and len(shape) in (2, 4)):
                 self._note_single_step(x)
             elif self._steps_alone:
