@@ -201,6 +201,23 @@ def test_half_precision(dtype: torch.dtype, device: str) -> None:
     torch.testing.assert_close(v[0].v, v[1].v)
 
 
+@pytest.mark.parametrize("residual", ["before", "after"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_residual_of_another_dtype(
+    dtype: torch.dtype, residual: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes out has x's dtype, whether the two run as one or, in graphs, apart."""
+    x, skip = sequence((3, 2, 3, 4, 4), 1).float(), sequence((3, 2, 3, 4, 4), 2).to(dtype)
+    found = []
+    for pays in (True, False):
+        monkeypatch.setattr(batch_norm, "_pays", lambda x, pays=pays: pays)
+        fused = nj.nn.NormedNeuron(nn.BatchNorm2d(3), nj.nn.LIF(surrogate=SMOOTH), residual)
+        out = fused(x, skip)
+        assert out.dtype == fused.neuron.v.dtype == torch.float32
+        found.append(out)
+    torch.testing.assert_close(*found)
+
+
 def test_gradcheck() -> None:
     x, skip = (sequence((3, 2, 2, 2), seed).requires_grad_() for seed in (1, 2))
     for residual in (None, "before", "after"):

@@ -78,6 +78,8 @@ class NormedNeuron(Module):
     def forward(self, x_seq: Tensor, *skip: Tensor) -> Tensor:
         """`[T, N, C, *]` to spikes of that shape; `skip`, where there is a residual, is alike.
 
+        It is used in x_seq's dtype.
+
         Raises SpecError where `norm` or `neuron` was replaced since, and as the neuron does.
         """
         if getattr(getattr(self.neuron, "_norm", None), "norm", None) is not self.norm:
@@ -153,6 +155,8 @@ class Norm:
         """The batch norm, the neuron and the residual one after the other."""
         # torch's: the instance's may be hidden, and SpikingJelly's asks for its step_mode
         x = _BatchNorm.forward(self.norm, x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        if self.residual is not None:
+            skip = skip.to(x.dtype)  # as kernels use it
         out = multistep(model, x + skip if self.residual == "before" else x, state, **given)
         if self.residual != "after":
             return out
