@@ -37,6 +37,8 @@ is_batched: Callable[[torch.Tensor], bool] = _named("_C._functorch.is_legacy_bat
 tracing: Callable[[], Any] = _named("_C._get_tracing_state", _no)
 # whether a zero gradient of torch.autograd has no memory
 is_zero_tensor: Callable[[torch.Tensor], bool] = _named("Tensor._is_zerotensor", _no)
+# the number of the backward that this thread runs, -1 outside of one: checkpoints run forward there
+current_backward: Callable[[], int] = _named("_C._current_graph_task_id", lambda: -1)
 
 
 _capturing: Callable[[], bool] = _named("_C._cuda_isCurrentStreamCapturing", _no)

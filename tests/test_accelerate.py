@@ -461,6 +461,21 @@ def test_state_carried_and_detached() -> None:
     assert ours[8].v == 0.0 and ours[2].v == 0.0
 
 
+def test_evaluation_in_inference_mode_then_training() -> None:
+    """Autograd cannot save a state that was made in inference mode."""
+    found = []
+    for accelerated in (False, True):
+        net, x = network(), images()
+        if accelerated:
+            nj.accelerate(net)
+        with torch.inference_mode(accelerated), torch.no_grad():
+            net(x)
+        net(x).square().sum().backward()
+        found.append([p.grad for p in net.parameters()])
+    for theirs, ours in zip(*found, strict=True):
+        assert_near(ours, theirs, 2e-5, "gradient")
+
+
 def test_a_forgotten_reset_is_named() -> None:
     net = network()
     nj.accelerate(net)

@@ -49,6 +49,10 @@ def sequence(shape: tuple[int, ...], seed: int, last: bool = False) -> Tensor:
     return x
 
 
+def largest(t: Tensor) -> float:
+    return t.double().abs().max().item() if t.numel() else 0.0
+
+
 def compare(
     shape: tuple[int, ...], device: str, *, residual: str | None = None, last: bool = False,
     model: str = "plif", surrogate: Any = SMOOTH, dtype: torch.dtype = torch.float64,
@@ -77,8 +81,8 @@ def compare(
             found.append([out.detach(), *grads, *modules[0].buffers()])
         for want, got in zip(*found, strict=True):
             assert want.shape == got.shape and want.dtype == got.dtype
-            scale = max(want.double().abs().max().item(), 1e-3)
-            assert (want - got).double().abs().max().item() <= tolerance * scale
+            scale = max(largest(want), 1e-3)
+            assert largest(want - got) <= tolerance * scale
     nj.nn.reset_net(fused)
 
 
@@ -110,6 +114,59 @@ def test_options_of_the_norm(options: dict[str, Any], device: str) -> None:
     compare((4, 3, 6, 5, 5), device, **options)
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_a_norm_that_was_changed_since_it_was_made(train: bool) -> None:
+    """Frozen statistics, no count of batches, other numbers: read at every call."""
+
+    def changed(norm: Any) -> None:
+        norm.track_running_stats = False
+
+    def uncounted(norm: Any) -> None:
+        norm.num_batches_tracked = None
+
+    def forgotten(norm: Any) -> None:
+        norm.running_mean = norm.running_var = None
+
+    for change in (changed, uncounted, forgotten):
+        plain, fused = (norm_of((4, 3, 6, 5, 5)).double().train(train) for _ in range(2))
+        neurons = [nj.nn.LIF(surrogate=SMOOTH) for _ in range(2)]
+        made = nj.nn.NormedNeuron(fused, neurons[1])
+        for norm in (plain, fused):
+            change(norm)
+        for batch in range(2):
+            x = sequence((4, 3, 6, 5, 5), batch) * 2 + 3
+            want = apart(plain, neurons[0], x, x, None)
+            torch.testing.assert_close(made(x), want, rtol=1e-10, atol=1e-12)
+            assert plain.state_dict().keys() == fused.state_dict().keys()
+            for name, value in plain.state_dict().items():
+                torch.testing.assert_close(fused.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("shape", [(4, 0, 3, 5, 5), (0, 2, 3, 5, 5), (2, 2, 3, 0, 5)])
+def test_empty_batches(shape: tuple[int, ...], train: bool) -> None:
+    """As torch's batch norm, which leaves the running statistics as they are."""
+    compare(shape, "cpu", model="lif", train=train)
+
+
+def test_evaluation_then_training_before_backward() -> None:
+    """The running mean is brought on in place, and backward reads that of its own forward."""
+    norm = norm_of((4, 3, 6, 5, 5)).double()
+    norm(sequence((12, 6, 5, 5), 1))
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    fused = nj.nn.NormedNeuron(norm, nj.nn.LIF(surrogate=SMOOTH))
+    x = sequence((4, 3, 6, 5, 5), 2).requires_grad_()
+    out = fused.eval()(x)
+    fused.neuron.reset()
+    fused.train()(x)
+    by_channel = [t.view(6, 1, 1) for t in (mean, var, norm.weight, norm.bias)]
+    y = (x - by_channel[0]) / (by_channel[1] + norm.eps).sqrt() * by_channel[2] + by_channel[3]
+    want = nj.multistep("lif", y, surrogate=SMOOTH, backend="eager").spikes
+    leaves = [x, *norm.parameters()]
+    got, right = (torch.autograd.grad(t.square().sum(), leaves) for t in (out, want))
+    torch.testing.assert_close(got, right, rtol=1e-10, atol=1e-12)
+
+
 @each_device
 @pytest.mark.parametrize("model", ["lif", "izhikevich", slow("klif"), slow("ilif"), slow("alif")])
 def test_neurons(model: str, device: str) -> None:
@@ -137,6 +194,28 @@ def test_half_precision(dtype: torch.dtype, device: str) -> None:
     want = nj.nn.NormedNeuron(wide, nj.nn.LIF())(x.float())
     assert got.dtype == dtype and (got.float() != want).float().mean() < 1e-3
     torch.testing.assert_close(norm.running_mean, wide.running_mean)
+    # nor is anything else, where the norm's own numbers are in half precision
+    norm.to(dtype).eval(), wide.load_state_dict(norm.state_dict())
+    v = [nj.nn.LIF(surrogate=SMOOTH) for _ in range(2)]
+    nj.nn.NormedNeuron(norm, v[0])(x), nj.nn.NormedNeuron(wide.eval(), v[1])(x.float())
+    torch.testing.assert_close(v[0].v, v[1].v)
+
+
+@pytest.mark.parametrize("residual", ["before", "after"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_residual_of_another_dtype(
+    dtype: torch.dtype, residual: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes out has x's dtype, whether the two run as one or, in graphs, apart."""
+    x, skip = sequence((3, 2, 3, 4, 4), 1).float(), sequence((3, 2, 3, 4, 4), 2).to(dtype)
+    found = []
+    for pays in (True, False):
+        monkeypatch.setattr(batch_norm, "_pays", lambda x, pays=pays: pays)
+        fused = nj.nn.NormedNeuron(nn.BatchNorm2d(3), nj.nn.LIF(surrogate=SMOOTH), residual)
+        out = fused(x, skip)
+        assert out.dtype == fused.neuron.v.dtype == torch.float32
+        found.append(out)
+    torch.testing.assert_close(*found)
 
 
 def test_gradcheck() -> None:
@@ -391,6 +470,19 @@ def test_a_fused_neuron_knows_when_its_norm_did_not_run() -> None:
             net.eval()
         with pytest.raises(nj.SpecError, match=r"without its batch norm .*unfuse\(net\)"):
             net[1](x) if change == "alone" else net[1](net[0](x)[:1] if change == "in parts" else x)
+
+
+def test_a_normed_neuron_knows_when_a_part_was_replaced() -> None:
+    x = sequence((2, 2, 2, 4, 4), 1).float()
+    for change in ("norm", "neuron", "synchronised"):
+        net = nj.nn.NormedNeuron(nn.BatchNorm2d(2), nj.nn.LIF(backend="eager"))
+        copy.deepcopy(net)(x)
+        if change == "synchronised":
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        else:
+            setattr(net, change, copy.deepcopy(getattr(net, change)))
+        with pytest.raises(nj.SpecError, match="of a NormedNeuron was replaced"):
+            net(x)
 
 
 @pytest.mark.slow

@@ -206,6 +206,13 @@ def test_a_state_that_was_carried_over() -> None:
     net(x)
     with pytest.raises(RuntimeError, match="the state of LIFNode was carried over"):
         net(x).sum().backward()
+    net.reset()
+    changed = x * 1
+    net(changed)
+    loss = net(x).sum()
+    changed.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_saved_tensor_hooks_and_threads() -> None:

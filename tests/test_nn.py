@@ -429,6 +429,13 @@ def test_what_is_no_forgotten_reset_is_not_taken_for_one():
     later = made(x).sum()
     kept.backward(retain_graph=True)
     later.backward()  # through both: nothing was freed
+    made.reset()
+    changed = x * 1
+    made(changed)
+    loss = made(x).sum()
+    changed.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.fixture

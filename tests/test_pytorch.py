@@ -52,6 +52,32 @@ def test_checkpoint(reentrant: bool, device: str) -> None:
     assert all(map(torch.equal, want, got))
 
 
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_that_would_go_on_from_another_state(reentrant: bool, carried: bool) -> None:
+    """Its second forward starts from where the first ended: other gradients, so an error."""
+    net, x = network(), inputs((20, 4, 6)).requires_grad_()
+    if carried:
+        net(x)
+        nj.nn.detach_net(net)
+    loss = checkpoint(net, x, use_reentrant=reentrant).sum()
+    with pytest.raises(nj.SpecError, match=r"runs LIF again, .* call reset_net\(net\) inside"):
+        loss.backward()
+    start = {z: torch.full((4, 8), 0.3) for z in net[1].model.state}
+
+    def assigned(x: Tensor) -> Tensor:
+        net[1].v = start["v"]
+        hidden = net[1](net[0](x[:9])), net[1](net[0](x[9:]))  # the second goes on from the first
+        return torch.cat(hidden)
+
+    net.zero_grad()
+    checkpoint(assigned, x, use_reentrant=reentrant).square().sum().backward()
+    got = [p.grad for p in net[0].parameters()]
+    spikes, _ = net[1].functional_forward(net[0](x), start)
+    want = torch.autograd.grad(spikes.square().sum(), [*net[0].parameters()])
+    torch.testing.assert_close(got, [*want])
+
+
 @each_device
 def test_gradient_accumulation(device: str) -> None:
     net, batches = network(device), inputs((20, 8, 6)).to(device).split(4, 1)

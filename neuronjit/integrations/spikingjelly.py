@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from .. import neurons
 from ..errors import NeuronJitError, SpecError
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
-from ..run.autograd import Output, multistep, note_carried
+from ..run.autograd import Output, carried, multistep
 from ..surrogates import StraightThrough, as_surrogate
 from . import classes
 
@@ -372,10 +371,8 @@ class Methods:
                 ) from None
             classes.warn_left(node, NAME, error)
             return None
-        if not is_compiling():
-            for state in states:
-                if isinstance(state, Tensor) and state.requires_grad:
-                    note_carried(state, type(node).__name__)
+        kind = type(node).__name__
+        states = [carried(s, kind) if isinstance(s, Tensor) else s for s in states]
         analog = row.analog if steps else None
         run = multistep if node._norm is None else node._norm.multistep
         out: Output = run(

@@ -76,7 +76,18 @@ class NormedNeuron(Module):
         neuron._norm = Norm(norm, neuron, residual)
 
     def forward(self, x_seq: Tensor, *skip: Tensor) -> Tensor:
-        """`[T, N, C, *]` to spikes of that shape; `skip`, where there is a residual, is alike."""
+        """`[T, N, C, *]` to spikes of that shape; `skip`, where there is a residual, is alike.
+
+        It is used in x_seq's dtype.
+
+        Raises SpecError where `norm` or `neuron` was replaced since, and as the neuron does.
+        """
+        if getattr(getattr(self.neuron, "_norm", None), "norm", None) is not self.norm:
+            raise SpecError(
+                "the norm or the neuron of a NormedNeuron was replaced (convert_sync_batchnorm does"
+                " so), and its kernels know the two that it was made of; make a new NormedNeuron"
+                " of a new norm and neuron"
+            )
         return self.neuron(x_seq, *skip)  # type: ignore[no-any-return]
 
 
@@ -129,8 +140,8 @@ class Norm:
             surrogate=surrogate, reset=reset, detach_reset=detach_reset, record=record,
             backend=backend,
         )  # fmt: skip
-        # compilers see two operations, and may fuse their own
-        if is_compiling() or checks.is_traced(x) or not _pays(x):
+        # compilers see two operations, and may fuse their own; what is empty, torch answers
+        if is_compiling() or checks.is_traced(x) or not x.numel() or not _pays(x):
             return self._apart(model, x, state, skip, {**asked, **params})
         mean, invstd, eps = self._statistics(x, backend)
         return multistep_normed(
@@ -144,6 +155,8 @@ class Norm:
         """The batch norm, the neuron and the residual one after the other."""
         # torch's: the instance's may be hidden, and SpikingJelly's asks for its step_mode
         x = _BatchNorm.forward(self.norm, x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        if self.residual is not None:
+            skip = skip.to(x.dtype)  # as kernels use it
         out = multistep(model, x + skip if self.residual == "before" else x, state, **given)
         if self.residual != "after":
             return out
@@ -168,19 +181,23 @@ class Norm:
         """As torch.nn.BatchNorm's forward: what normalises x; running statistics are brought on."""
         norm = self.norm
         if not norm.training and norm.running_mean is not None:
-            return norm.running_mean, torch.rsqrt(norm.running_var + norm.eps), None
-        count = x.numel() // norm.num_features
-        if count < 2:
+            real = checks.arithmetic(x.dtype)
+            # a copy for backward, because training brings the running mean on in place
+            mean = norm.running_mean.to(real, copy=torch.is_grad_enabled())
+            return mean, torch.rsqrt(norm.running_var.to(real) + norm.eps), None
+        if x.numel() == norm.num_features:
             raise SpecError(
                 f"a batch norm in training needs more than one value a channel, got {list(x.shape)}"
             )
         running, momentum = None, norm.momentum
         with torch.no_grad():
-            if norm.training and norm.running_mean is not None:
-                norm.num_batches_tracked.add_(1)
-                running = norm.running_mean, norm.running_var
-                if momentum is None:
-                    momentum = 1.0 / float(norm.num_batches_tracked)
+            if norm.training and norm.track_running_stats:
+                if norm.num_batches_tracked is not None:
+                    norm.num_batches_tracked.add_(1)
+                    if momentum is None:
+                        momentum = 1.0 / float(norm.num_batches_tracked)
+                if norm.running_mean is not None:
+                    running = norm.running_mean, norm.running_var
             mean, invstd = batch_statistics(x, norm.eps, running, momentum or 0.0, backend)
         return mean, invstd, norm.eps
 

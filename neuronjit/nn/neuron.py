@@ -16,11 +16,11 @@ from ..models.block import RESETS
 from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
 from ..neurons import as_model
-from ..run.autograd import Output, multistep, note_carried
+from ..run.autograd import Output, carried, multistep
 from ..run.checks import check_number
 from ..settings import warn_once
 from ..surrogates import ATan, Sigmoid, as_surrogate
-from ..torch_private import capturing
+from ..torch_private import capturing, current_backward
 
 Number = float | Tensor
 STEP_MODES = ("s", "m")  # one step a call, or a sequence
@@ -54,6 +54,7 @@ class Neuron(torch.nn.Module):
     surrogate_function: Surrogate
     backend: str | None = None  # old SpikingJelly's MemoryModule has a property of this name
     _derived: tuple[str, ...] = ()  # parameters of the model that a subclass computes
+    _made_in = -1  # the backward in which the state was made, -1 outside of one
     _norm: Any = None  # the batch norm before it, which its kernels do: see batch_norm.py
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
@@ -253,7 +254,7 @@ class Neuron(torch.nn.Module):
         sequence, shape, device = self.step_mode == "m" and x.dim() > 0, x.shape, x.device
         step = shape[1:] if sequence else shape
         kept: dict[str, Any] = {}
-        carried = learning = False
+        goes_on = learning = False
         for name, value in self._memories.items():
             if isinstance(value, Tensor) and name not in self._assigned:
                 if value.shape != step:
@@ -262,16 +263,21 @@ class Neuron(torch.nn.Module):
                     value = value.to(device)
                 if value is self._held.get(name):
                     value = value.clone()  # autograd may save it, and its place is written again
-                elif is_compiling():
-                    pass  # Dynamo breaks its graph at is_inference()
-                elif value.is_inference() and not torch.is_inference_mode_enabled():
-                    value = value.clone()  # autograd cannot save it: training after an evaluation
-                carried = True
-                if value.requires_grad and not is_compiling():
-                    learning = True
-                    note_carried(value, type(self).__name__)
+                value = carried(value, type(self).__name__)
+                goes_on, learning = True, learning or value.requires_grad
             kept[name] = value
-        if carried and sequence and not is_compiling():
+        if is_compiling():
+            return kept
+        now = current_backward()
+        if goes_on and now not in (-1, self._made_in):
+            raise SpecError(
+                f"torch.utils.checkpoint runs {type(self).__name__} again, which would go on from"
+                " the state in which it ended, not from that in which the call began: call"
+                " reset_net(net) inside the checkpointed function, or functional_forward, which"
+                " is given its state"
+            )
+        self.__dict__["_made_in"] = now  # attributes of modules are slow to set
+        if goes_on and sequence:
             if shape[0] == 1 or (learning and len(shape) in (2, 4)):
                 self._note_single_step(x)
             elif self._steps_alone:
@@ -285,7 +291,7 @@ class Neuron(torch.nn.Module):
         `[N, C, H, W]`, of which it takes the first dimension for time. Resets in between do not
         end the count, because loops may be short; a whole sequence that goes on from another does.
         """
-        self.__dict__["_steps_alone"] += 1  # attributes of modules are slow to set
+        self.__dict__["_steps_alone"] += 1
         if self._steps_alone == _MANY:
             warn_once(
                 "single steps",

@@ -213,9 +213,9 @@ class _Multistep(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         try:
             x, checkpoints, *tensors = ctx.saved_tensors
-        except RuntimeError:  # freed by an earlier backward, perhaps
+        except RuntimeError as error:  # freed by an earlier backward, perhaps
             if layer := getattr(ctx, "carried_by", ""):
-                is_gone(ctx.plan, layer, grads)
+                is_gone(ctx.plan, layer, grads, str(error))
             raise
         wanted = ctx.needs_input_grad[1:]
         if all(grad is None for grad in grads):
@@ -223,13 +223,22 @@ class _Multistep(torch.autograd.Function):
         return (None, *gradients(ctx.plan, x, checkpoints, tensors, grads, wanted))
 
 
-def note_carried(state: Tensor, layer: str) -> None:
-    """Remember in the call that made `state` that `layer` passes it on to its next call."""
-    node: Any = state.grad_fn
-    if getattr(node, "_forward_cls", None) is _Multistep:
-        node.carried_by = layer
-    else:
-        front_end.note_carried(state, layer)
+def carried(state: Tensor, layer: str) -> Tensor:
+    """A state that `layer` kept from its last call, as the next one takes it.
+
+    The call that made it remembers who passes it on, to explain a graph that is gone.
+    """
+    if is_compiling():  # Dynamo breaks its graph at is_inference()
+        return state
+    if state.is_inference() and not torch.is_inference_mode_enabled():
+        return state.clone()  # autograd cannot save it: training after an evaluation
+    if state.requires_grad:
+        node: Any = state.grad_fn
+        if getattr(node, "_forward_cls", None) is _Multistep:
+            node.carried_by = layer
+        else:
+            front_end.note_carried(state, layer)
+    return state
 
 
 # outside of torch.func; within it, the usual apply says what is wrong

@@ -372,8 +372,8 @@ struct Multistep : torch::autograd::Function<Multistep> {
     variable_list saved;
     try {
       saved = ctx->get_saved_variables();
-    } catch (const c10::Error&) {  // freed by an earlier backward, or changed
-      explain(*kept, grads);
+    } catch (const c10::Error& error) {  // freed by an earlier backward, or changed
+      explain(*kept, grads, error.what_without_backtrace());
       throw;
     }
     std::vector<bool> wanted;
@@ -417,11 +417,11 @@ struct Multistep : torch::autograd::Function<Multistep> {
     return gradients;
   }
 
-  static void explain(const Kept& kept, const variable_list& grads) {
+  static void explain(const Kept& kept, const variable_list& grads, const char* said) {
     if (kept.carried.empty()) return;
     pybind11::gil_scoped_acquire gil;
     pybind11::handle ask = gone, owner = kept.owner;
-    ask(owner, kept.carried, all(grads));
+    ask(owner, kept.carried, all(grads), said);
   }
 };
 

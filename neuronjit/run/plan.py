@@ -93,11 +93,15 @@ def gradients(
     return results
 
 
-def is_gone(plan: Any, layer: str, grads: Sequence[Tensor | None]) -> None:
-    """Raise RuntimeError where a state that `layer` carried over is what leads to a freed graph."""
+def is_gone(plan: Any, layer: str, grads: Sequence[Tensor | None], said: str) -> None:
+    """Raise RuntimeError where a state that `layer` carried over is what leads to a freed graph.
+
+    `said` is torch's error: what was saved may be there, but changed in place.
+    """
     last = 1 + len(plan.final)
     others = (grads[0], *grads[last:])
-    if any(g is not None for g in grads[1:last]) and all(g is None for g in others):
+    alone = any(g is not None for g in grads[1:last]) and all(g is None for g in others)
+    if alone and "second time" in said:
         raise RuntimeError(
             f"the state of {layer} was carried over from the last call and its graph is gone: call"
             " reset_net(net) (or detach_net(net)) between batches"
