@@ -531,6 +531,7 @@ def test_p20_interrupts_and_timeouts_leave_nothing(base, monkeypatch, script):
         monkeypatch.setattr(scratch, "TIMEOUT_S", 0.3)
         with pytest.raises(nj.CompileError, match="stopped after"):
             build.load_kernel(SPEC)
+        _until(lambda: not _compilers(place))
         assert _left(place) == _compilers(place) == []
 
 
