@@ -592,6 +592,13 @@ def test_what_is_not_fused() -> None:
         nj.nn.NormedNeuron(nn.BatchNorm2d(3), nn.ReLU())
     with pytest.raises(nj.SpecError, match="unknown residual 'beside'"):
         nj.nn.NormedNeuron(nn.BatchNorm2d(3), lif, "beside")
+    own = nj.NeuronModel("own", "h = v + x - norm_mean", state={"v": 0}, params={"norm_mean": 0.5})
+    skips = nj.NeuronModel("skips", "h = skip * v + x", state={"v": 0}, params={"skip": 0.5})
+    with pytest.raises(nj.SpecError, match="model 'own' has 'norm_mean', a name that the batch"):
+        nj.nn.NormedNeuron(nn.BatchNorm2d(3), nj.nn.Neuron(own))
+    with pytest.raises(nj.SpecError, match="model 'skips' has 'skip', a name that the batch norm"):
+        nj.nn.NormedNeuron(nn.BatchNorm2d(3), nj.nn.Neuron(skips), "after")
+    nj.nn.NormedNeuron(nn.BatchNorm2d(3), nj.nn.Neuron(skips))
     fused = nj.nn.NormedNeuron(nn.BatchNorm2d(3), lif)
     with pytest.raises(nj.SpecError, match="fused already"):
         nj.nn.NormedNeuron(nn.BatchNorm2d(3), lif)

@@ -17,7 +17,7 @@ from ..models.model import NeuronModel
 from ..run import checks
 from ..run.autograd import multistep
 from ..run.call import Output
-from ..run.normed import batch_statistics, multistep_normed
+from ..run.normed import batch_statistics, multistep_normed, why_not
 from .neuron import Neuron
 from .pairs import has_forward, preceding
 
@@ -98,12 +98,12 @@ class Norm:
     """
 
     def __init__(self, norm: Module, neuron: Module, residual: str | None = None) -> None:
-        if why := _why_not(norm, neuron):
-            raise SpecError(f"cannot be fused: {why}")
         if residual not in (None, "before", "after"):
             raise SpecError(
                 f"unknown residual {ascii(residual)[:80]}. Known: None, 'before', 'after'"
             )
+        if why := _why_not(norm, neuron, residual):
+            raise SpecError(f"cannot be fused: {why}")
         self.norm: Any = norm
         self.residual = residual
         self.inputs = () if residual is None else ("skip",)
@@ -252,7 +252,7 @@ def part(neuron: Any) -> bool:
     return True
 
 
-def _why_not(norm: Module, neuron: Any) -> str:
+def _why_not(norm: Module, neuron: Any, residual: str | None = None) -> str:
     """Why the two cannot be one; "" if they can."""
     if not isinstance(norm, Module) or not isinstance(neuron, Module):
         raise InputTypeError("a batch norm and a neuron are modules")
@@ -270,6 +270,4 @@ def _why_not(norm: Module, neuron: Any) -> str:
         return f"the input of {type(neuron).__name__} is made ready for its kernel first"
     if getattr(neuron, "step_mode", "m") != "m":
         return "the neuron takes single steps (step_mode='s')"
-    if isinstance(neuron, Neuron) and len(neuron.model.inputs) > 1:
-        return f"model '{neuron.model.name}' has several inputs"
-    return ""
+    return why_not(neuron.model, residual) if isinstance(neuron, Neuron) else ""

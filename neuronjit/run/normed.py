@@ -74,14 +74,24 @@ def _update_model() -> NeuronModel:
     )
 
 
+def why_not(model: NeuronModel, residual: str | None) -> str:
+    """Why no batch norm, or none with this residual, can stand before the model; "" if it can."""
+    if len(model.inputs) > 1:
+        return f"model '{model.name}' has several inputs"
+    for name in (*model.arguments, *model.recordable):
+        if name.startswith("norm_") or (residual and name == "skip"):
+            return f"model '{model.name}' has '{name}', a name that the batch norm has; rename it"
+    return ""
+
+
 @cache
 def normed(model: NeuronModel, residual: str | None) -> NeuronModel:
     """The model behind a batch norm, and beside a residual `skip` before or after the neuron.
 
     What it adds to x's gradient (by norm_sum, norm_sum_scaled) is 0 until backward knows it.
     """
-    if len(model.inputs) > 1:
-        raise SpecError(f"model '{model.name}' has several inputs, and a batch norm has one")
+    if why := why_not(model, residual):
+        raise SpecError(why)
     block = re.sub(r"\bx\b", "norm_x", "\n".join(plain(model.equations)))
     lines = [_NORMED.strip() + (" + skip" if residual == "before" else ""), block]
     if residual == "after":
