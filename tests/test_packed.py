@@ -823,7 +823,7 @@ def test_accelerated_spikingjelly(name: str, device: str, monkeypatch: Any) -> N
         loss.backward()
         found.append([p.grad for p in net.parameters() if p.grad is not None])
     assert_all_same_bits(*found)
-    assert saved.kept().count(False) > 6  # others are averages that happen to be 0 and 1
+    assert saved.kept().count(False) > 5  # others are averages that happen to be 0 and 1
 
 
 @pytest.mark.peers("snntorch")
