@@ -125,8 +125,8 @@ class Norm:
         self.passed, self.again = None if missed else x.numel(), again
         if missed:
             raise SpecError(
-                "the neuron of a fused batch norm was not called after it, so x went on as it was (was"
-                f" the neuron replaced, or a part of the network called?); {_CURE}"
+                "the neuron of a fused batch norm was not called after it, and x went on as it was"
+                f" (was the neuron replaced, or a part of the network called?); {_CURE}"
             )
         return x
 
