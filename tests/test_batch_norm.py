@@ -11,6 +11,7 @@ import torch
 from support import each_device, slow
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import neuronjit as nj
 from neuronjit.nn import batch_norm
@@ -483,6 +484,48 @@ def test_a_normed_neuron_knows_when_a_part_was_replaced() -> None:
             setattr(net, change, copy.deepcopy(getattr(net, change)))
         with pytest.raises(nj.SpecError, match="of a NormedNeuron was replaced"):
             net(x)
+
+
+def test_a_fused_norm_knows_when_its_neuron_did_not_run() -> None:
+    x = sequence((2, 2, 2, 4, 4), 1).float()
+    for change in ("replaced", "in parts"):
+        net = nn.Sequential(nj.nn.EachStep(nn.BatchNorm2d(2)), nj.nn.LIF(backend="eager"))
+        assert nj.nn.fuse(net) == 1
+        net(x)
+        if change == "replaced":
+            net[1] = nj.nn.LIF(backend="eager")
+        net[: 2 if change == "replaced" else 1](x)
+        with pytest.raises(nj.SpecError, match=r"was not called after it, .*unfuse\(net\)"):
+            net(x)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_of_fused_networks(reentrant: bool) -> None:
+    """Of the norm without its neuron, and of both, where the state is reset inside."""
+    x, found = sequence((2, 2, 2, 4, 4), 1), []
+    for region in (None, "norm", "both"):
+        net = nn.Sequential(nj.nn.EachStep(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2)), nj.nn.LIF())
+        torch.manual_seed(1)
+        nn.init.normal_(net[0][0].weight)
+        net.double()
+        assert nj.nn.fuse(net) == 1
+
+        def both(x: Tensor, net: Any = net) -> Tensor:
+            nj.nn.reset_net(net)
+            return net(x)
+
+        for _ in range(3):
+            net.zero_grad()
+            own = x.clone().requires_grad_()
+            nj.nn.reset_net(net)
+            if region == "norm":
+                out = net[1](checkpoint(net[0], own, use_reentrant=reentrant))
+            else:
+                out = net(own) if region is None else checkpoint(both, own, use_reentrant=reentrant)
+            out.square().sum().backward()
+        found.append([own.grad, net[0][0].weight.grad, net[0][1].weight.grad])
+    for got in found[1:]:
+        torch.testing.assert_close(got, found[0])
 
 
 @pytest.mark.slow

@@ -397,6 +397,10 @@ def test_graphs_that_cannot_be_read() -> None:
     ("layer", "said"),
     [
         (lambda: nj.nn.LIF(v_reset=None), "layer '0': NIR has no soft reset"),
+        (
+            lambda: nj.nn.NormedNeuron(torch.nn.BatchNorm1d(3), nj.nn.LIF()).neuron,
+            "layer '0': NIR cannot say the batch norm that is fused",
+        ),
         (lambda: nj.nn.Neuron("alif"), "cannot say the model 'alif'"),
         (lambda: Steps(torch.nn.BatchNorm2d(2)), "cannot say BatchNorm2d.*Conv2d"),
         (lambda: nj.nn.EachStep(*[torch.nn.Conv2d(2, 2, 1)] * 2), "cannot say EachStep.*EachStep"),

@@ -400,6 +400,8 @@ def _pool(nir: Any, pool: torch.nn.AvgPool2d) -> Any:
 
 
 def _neuron(nir: Any, layer: Neuron, shape: tuple[int, ...], dt: float) -> Any:
+    if layer._norm is not None:
+        raise SpecError("NIR cannot say the batch norm that is fused into the neuron")
     p: dict[str, Any] = {}
     for name in layer.model.params:
         value = getattr(layer, name)

@@ -18,6 +18,7 @@ from ..run import checks
 from ..run.autograd import multistep
 from ..run.call import Output
 from ..run.normed import batch_statistics, multistep_normed, why_not
+from ..torch_private import current_backward
 from .neuron import Neuron
 from .pairs import has_forward, preceding
 
@@ -28,6 +29,7 @@ FUSED_FROM = 1 << 24
 _FORWARDS = (
     "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "_ThresholdDependentBatchNormBase", "_Stepped",
 )  # fmt: skip
+_CURE = "call neuronjit.nn.unfuse(net) before such changes, and fuse again after them"
 
 
 def _pays(x: Tensor) -> bool:
@@ -109,6 +111,7 @@ class Norm:
         self.inputs = () if residual is None else ("skip",)
         self.hidden = False
         self.passed: int | None = None  # elements of what the hidden norm handed on
+        self.again = False  # it did so in a backward, where checkpoints run it again
 
     def hide(self) -> None:
         """Leave the norm of a network to the neuron that follows it there."""
@@ -116,8 +119,15 @@ class Norm:
         self.hidden = True
 
     def _pass_on(self, x: Tensor) -> Tensor:
-        """The forward of a hidden norm."""
-        self.passed = x.numel()
+        """The forward of a hidden norm. Raises SpecError if the last one's neuron did not run."""
+        again = not is_compiling() and current_backward() != -1
+        missed = self.passed is not None and not (again or self.again)
+        self.passed, self.again = None if missed else x.numel(), again
+        if missed:
+            raise SpecError(
+                "the neuron of a fused batch norm was not called after it, and x went on as it was"
+                f" (was the neuron replaced, or a part of the network called?); {_CURE}"
+            )
         return x
 
     def multistep(
@@ -173,8 +183,7 @@ class Norm:
         if self.hidden and passed != x.numel():
             raise SpecError(
                 "a fused neuron was called without its batch norm right before it, on the same"
-                " sequence (was the norm replaced, or the neuron wrapped in checkpoints?); call"
-                " neuronjit.nn.unfuse(net) before such changes, and fuse again after them"
+                f" sequence (was the norm replaced, or the neuron wrapped in checkpoints?); {_CURE}"
             )
 
     def _statistics(self, x: Tensor, backend: str | None) -> tuple[Tensor, Tensor, float | None]:
