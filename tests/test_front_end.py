@@ -20,6 +20,7 @@ from support import check, each_device, inputs, starts
 from torch import Tensor
 
 import neuronjit as nj
+from neuronjit.cache import admin
 from neuronjit.nn import batch_norm
 from neuronjit.run import front_end, normed
 from neuronjit.run.normed import statistics
@@ -335,6 +336,8 @@ def test_it_can_be_built_ahead(capsys: pytest.CaptureFixture[str]) -> None:
     from neuronjit import cli
 
     assert cli.main(["prebuild", "--front-end", "--json"]) == 0
+    counted = admin.stats()
+    assert counted["targets"]["front end"] == 1 and "None" not in counted["models"]
     code = "import torch, neuronjit as nj; nj.multistep('lif', torch.rand(4, 8), backend='auto')"
     environment = {**os.environ, "CXX": "/nowhere", "NEURONJIT_NO_COMPILE": "0"}
     done = subprocess.run(

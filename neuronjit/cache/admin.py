@@ -128,14 +128,18 @@ def stats() -> dict[str, Any]:
     often a kernel had to be built again, and why, is in the files themselves.
     """
     found = list(entries())
+
+    def each(what: str) -> dict[str, int]:
+        return dict(Counter(str(item.meta[what]) for item in found if what in item.meta))
+
     return {
         "kernels": len(found),
         "bytes": sum(item.size for item in found),
         "cap": store.size_cap(),
-        "targets": dict(Counter(str(item.meta.get("target")) for item in found)),
-        "models": dict(Counter(str(item.meta.get("model")) for item in found)),
+        "targets": each("target"),
+        "models": each("model"),
         "unreadable": sum(bool(item.problem) for item in found),
-        "rebuilt": dict(Counter(str(i.meta["rebuilt"]) for i in found if "rebuilt" in i.meta)),
+        "rebuilt": each("rebuilt"),
         "this process": store.counts(),
     }
 
