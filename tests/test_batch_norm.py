@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import each_device, slow
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import neuronjit as nj
@@ -484,6 +484,24 @@ def test_a_normed_neuron_knows_when_a_part_was_replaced() -> None:
             setattr(net, change, copy.deepcopy(getattr(net, change)))
         with pytest.raises(nj.SpecError, match="of a NormedNeuron was replaced"):
             net(x)
+
+
+@pytest.mark.parametrize("kind", ["prune", "forward", "full_backward"])
+def test_hooks_that_would_not_run(kind: str) -> None:
+    net = nj.nn.NormedNeuron(nn.BatchNorm2d(2), nj.nn.LIF(backend="eager"))
+    x = sequence((2, 2, 2, 4, 4), 1).float()
+    net(x)
+    if kind == "prune":  # recomputes the weight before each call
+        prune.random_unstructured(net.norm, "weight", 0.5)
+    else:
+        hook = getattr(net.norm, f"register_{kind}_hook")(lambda *_: None)
+    with pytest.raises(nj.SpecError, match="has hooks"):
+        net(x)
+    if kind == "prune":
+        prune.remove(net.norm, "weight")
+    else:
+        hook.remove()
+    net(x)
 
 
 def test_a_fused_norm_knows_when_its_neuron_did_not_run() -> None:

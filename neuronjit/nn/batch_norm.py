@@ -18,7 +18,7 @@ from ..run import checks
 from ..run.autograd import multistep
 from ..run.call import Output
 from ..run.normed import batch_statistics, multistep_normed, why_not
-from ..torch_private import current_backward
+from ..torch_private import current_backward, has_hooks
 from .neuron import Neuron
 from .pairs import has_forward, preceding
 
@@ -82,13 +82,20 @@ class NormedNeuron(Module):
 
         It is used in x_seq's dtype.
 
-        Raises SpecError where `norm` or `neuron` was replaced since, and as the neuron does.
+        Raises SpecError where `norm` or `neuron` was replaced since, where `norm` has hooks, and as
+        the neuron does.
         """
         if getattr(getattr(self.neuron, "_norm", None), "norm", None) is not self.norm:
             raise SpecError(
                 "the norm or the neuron of a NormedNeuron was replaced (convert_sync_batchnorm does"
                 " so), and its kernels know the two that it was made of; make a new NormedNeuron"
                 " of a new norm and neuron"
+            )
+        if has_hooks(self.norm):
+            raise SpecError(
+                "the norm of a NormedNeuron has hooks (torch.nn.utils.prune makes some), and they"
+                " would not run, because the neuron's kernels do its work; hook the NormedNeuron,"
+                " or use norm and neuron as two layers"
             )
         return self.neuron(x_seq, *skip)  # type: ignore[no-any-return]
 
