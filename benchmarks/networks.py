@@ -176,13 +176,19 @@ def dense(library: str, channels: int, classes: int, *readout: nn.Module) -> Any
     return make
 
 
+def start_anew(layers: nn.Sequential) -> None:
+    """Reset those of snnTorch's."""
+    for layer in layers:
+        if hasattr(layer, "reset_mem"):
+            layer.reset_mem()
+
+
 class Whole(nn.Sequential):
     """Layers that take a sequence, `[T, N, C]`, and may return their last states with it."""
 
     def forward(self, x: Any) -> Tensor:
+        start_anew(self)
         for layer in self:
-            if hasattr(layer, "reset_mem"):
-                layer.reset_mem()
             x = layer(x)
             x = x[0] if isinstance(x, tuple) else x
         return x
@@ -192,9 +198,7 @@ class Steps(nn.Sequential):
     """snnTorch's layers as it shows them: a loop over time, and in each step all layers."""
 
     def forward(self, x_seq: Tensor) -> Tensor:
-        for layer in self:
-            if hasattr(layer, "reset_mem"):
-                layer.reset_mem()
+        start_anew(self)
         step = super().forward
         return torch.stack([step(x) for x in x_seq])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 
@@ -60,11 +60,10 @@ def known(names: Iterable[str]) -> str:
     return "Known: " + ", ".join(sorted(names))
 
 
-def expect_known(value: Any, names: Iterable[str], what: str) -> str:
+def expect_known(value: Any, names: Collection[str], what: str) -> str:
     """The value, if it is one of these names. Raises SpecError."""
-    allowed = [*names]
-    if not isinstance(value, str) or value not in allowed:
-        raise SpecError(f"unknown {what} {ascii(value)[:80]}. {known(allowed)}")
+    if not isinstance(value, str) or value not in names:
+        raise SpecError(f"unknown {what} {ascii(value)[:80]}. {known(names)}")
     return value
 
 

@@ -49,10 +49,12 @@ def capturing() -> bool:
     return torch.cuda.is_initialized() and _capturing()
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether anything watches the calls of this module, forward or backward."""
-    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-    return any(getattr(module, f"_{kind}", None) for kind in kinds)
+    return any([getattr(module, name, None) for name in _HOOKS])  # noqa: C419 a list is faster
 
 
 def has_tangents() -> bool:

@@ -35,8 +35,8 @@ def packed_spikes() -> Iterator[None]:
     poolings and neurons. Views of spikes count, and one copy of them (contiguous, cast to another
     floating dtype, max pooling). Sums, products and concatenations of spikes, as residuals make
     them, take 1, 2, 4 or 8 bits, by how great they can be. Gradients are the same, bit for bit.
-    Whatever may be another number is kept as it is: averages, models that put out `y` or several
-    levels, surrogates with `spiking=False`. Backward may run outside of the context.
+    Whatever may be another number is kept as it is: averages, the outputs of models whose equations
+    may give others, surrogates with `spiking=False`. Backward may run outside of the context.
 
     It holds for one thread, as torch's `saved_tensors_hooks` do, with which it is made: within
     other such hooks, or `torch.utils.checkpoint`, the innermost are asked. Compiled graphs decide
@@ -199,9 +199,8 @@ def _spikes_of(x: Tensor) -> _Spikes | None:
         return None
     storage = x.untyped_storage()
     known = _known.get(storage)
-    if known is None and not x._version and (most := _made_of_spikes(x)):
-        known = _known[storage] = _Spikes(x, most)
-        _writer(x).metadata.setdefault(_KEY, known)
+    if known is None and not x._version and (known := _made_of_spikes(x)):
+        _known[storage] = known
     if known is None or x.dtype != known.dtype:
         return None
     return known if known.unchanged() and x._version == known.version else None
@@ -226,34 +225,32 @@ _GREATEST: dict[str, _Combine] = {
 }
 
 
-def _made_of_spikes(x: Tensor) -> int:
-    """How great numbers of x, never changed in place, can be; 0 where they may be any numbers.
+def _made_of_spikes(x: Tensor) -> _Spikes | None:
+    """What is known of x's memory, never changed in place, by the operation that wrote it.
 
-    One operation made them of spikes, or of what is known from here, that never were changed
-    either. Of its other inputs no one can tell whether they were changed before it.
+    It made them of spikes, or of what is known from here, that never were changed either. Of its
+    other inputs no one can tell whether they were changed before it.
     """
-    if not x.is_floating_point() or x.itemsize == 1:
-        return 0
-    node = _writer(x)
-    if node is None:
-        return 0
-    if _KEY in node.metadata:
-        return _most(node)
+    node = _past_views(x.grad_fn, x.output_nr)
+    if node is None or not x.is_floating_point() or x.itemsize == 1:
+        return None
+    if most := _most(node):
+        return _Spikes(x, most)
     greatest = _GREATEST.get(node.name())
     if greatest is None or getattr(node, "_saved_alpha", 1) != 1:
-        return 0
+        return None
     if {*getattr(node, "_saved_dilation", ())} - {1}:
-        return 0  # a window may see padding alone, which is -inf
+        return None  # a window may see padding alone, which is -inf
     inputs = [_most(_past_views(*of)) for of in node.next_functions]
-    return _whole(greatest(inputs)) if all(inputs) else 0
-
-
-def _writer(x: Tensor) -> Any:
-    """The node of autograd that wrote x's memory, if x is a view of its first result."""
-    return _past_views(x.grad_fn, x.output_nr)
+    most = _whole(greatest(inputs)) if all(inputs) else 0
+    if not most:
+        return None
+    made = node.metadata[_KEY] = _Spikes(x, most)
+    return made
 
 
 def _past_views(node: Any, output: int) -> Any:
+    """The node of autograd that wrote the memory of this result, if as its first result."""
     while node is not None and node.name() in _VIEWS and _KEY not in node.metadata:
         node, output = node.next_functions[0]
     return None if output else node
