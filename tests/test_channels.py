@@ -77,12 +77,17 @@ def test_gradients_of_channels(case: str, device: str) -> None:
             runs = []
             for _ in range(2):
                 out = nj.multistep(MODEL, ours[0], surrogate=spikes, **names).spikes
-                runs.append(torch.autograd.grad(out, ours, weight.to(device, dtype)))
+                arrives = weight.to(device, dtype)
+                alone = torch.autograd.grad(out, ours[1:], arrives, retain_graph=True)
+                runs.append(torch.autograd.grad(out, ours, arrives))
             for first, again, expected in zip(*runs, want, strict=True):
                 assert torch.equal(first, again)  # the order of the sum is always the same
                 scale = expected.abs().max().item()
                 error = (first.cpu().double() - expected).abs().max().item()
                 assert first.shape == expected.shape and error <= tolerance * scale
+            for first, expected in zip(alone, want[1:], strict=True):  # where x wants none
+                error = (first.cpu().double() - expected).abs().max().item()
+                assert error <= tolerance * expected.abs().max().item()
 
 
 def test_each_neuron_is_walked_once() -> None:
@@ -110,11 +115,14 @@ def test_each_neuron_is_walked_once() -> None:
 def test_nvrtc_compiles_them(direction: str, lanes: int) -> None:
     from neuronjit.kernels.render import render_specs
 
-    spec = KernelSpec.of(
-        MODEL, "cuda", direction, "atan", "hard", False, "float16", arriving=("s",), lanes=lanes,
-        per_neuron=("gain", "bias"), learned=("tau", "gain"), by_channel=True, interval=4, loads=4,
-    )  # fmt: skip
-    assert cuda.compile(render_specs([spec]), spec.symbol, "sm_90")
+    for to_inputs in (True, False) if direction == "backward" else (True,):
+        spec = KernelSpec.of(
+            MODEL, "cuda", direction, "atan", "hard", False, "float16", arriving=("s",),
+            per_neuron=("gain", "bias"), learned=("tau", "gain"), by_channel=True, interval=4,
+            loads=4, lanes=lanes, to_inputs=to_inputs,
+        )  # fmt: skip
+        assert spec.to_inputs == to_inputs
+        assert cuda.compile(render_specs([spec]), spec.symbol, "sm_90")
 
 
 def test_by_channel_needs_channels() -> None:

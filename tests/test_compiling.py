@@ -574,12 +574,15 @@ def test_p23_built_in_models_keep_their_shapes(name):
     for target, direction, size, sequences in itertools.product(
         ("cpu", "cuda"), ("forward", "backward"), (2, 4), (1, 2)
     ):
-        lanes = 1 if target == "cpu" or sequences > 1 else min(8 // size, 4 // len(model.state))
+        lanes = 1 if target == "cpu" else min(8 // size, 4 // len(model.state))
+        wide, one = (SHAPES[target, direction, n].split() for n in (lanes, 1))
+        if sequences > 1:  # with several lanes for four steps only
+            wide = [s for s in wide if s[0] == "4"] + [s for s in one if s[0] != "4"]
         found = targets.shapes(target, direction, size, model, sequences)
-        written = " ".join(
+        written = [
             f"{k}/{at}/{loads}{'+' * ahead}{'=' * whole}" for k, at, loads, ahead, whole in found
-        )
-        assert written == SHAPES[target, direction, lanes], (target, direction, size, sequences)
+        ]
+        assert written == wide, (target, direction, size, sequences)
 
 
 @pytest.mark.parametrize("name", SEVEN)

@@ -118,6 +118,32 @@ def test_stored_in_half_the_bits(dtype: torch.dtype, device: str) -> None:
 
 
 @each_device
+@pytest.mark.parametrize("steps", [3, 4, 5])
+def test_many_neurons(steps: int, device: str) -> None:
+    """So many that threads of a GPU have several each: in half precision four, for four steps."""
+    model = nj.NeuronModel(
+        "beside", "h = 0.75 * v + x + side\ny = s + side", state={"v": 0.0}, inputs=("x", "side")
+    )
+    for dtype, n in ((torch.float16, 2**19), (torch.float32, 2**18)):
+        given = [numbers((steps, n), seed, dtype) * 0.5 for seed in (1, 2)]
+        weight = numbers((steps, n), 3, dtype)
+        theirs = [t.float().requires_grad_() for t in given]
+        v, rows = torch.zeros(n), []
+        for now, side in zip(*theirs, strict=True):
+            h = 0.75 * v + now + side
+            s = Heaviside.apply(h - 1.0)
+            v = h * (1 - s)
+            rows.append(s + side)
+        expected = gradients(torch.stack(rows), theirs, weight)
+        ours = [t.to(device).requires_grad_() for t in given]
+        out = nj.multistep(model, ours[0], side=ours[1]).spikes
+        assert torch.equal(out.cpu(), torch.stack(rows).to(dtype))
+        rounding = max(torch.finfo(dtype).eps, 1e-6)
+        for got, wanted in zip(gradients(out, ours, weight), expected, strict=True):
+            torch.testing.assert_close(got.float(), wanted, rtol=rounding, atol=4 * rounding)
+
+
+@each_device
 @pytest.mark.parametrize("wanted", range(1, 8))
 def test_some_want_no_gradient(wanted: int, device: str) -> None:
     sizes = ((9, 13), (9, 13), (9, 1))

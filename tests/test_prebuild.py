@@ -196,19 +196,19 @@ def test_choices_cover_what_calls_look_up(monkeypatch, target, name, dtype):
     for (steps, n), pointer in itertools.product(SIZES, (256, 260)):
         monkeypatch.setattr(torch.Tensor, "data_ptr", lambda _, pointer=pointer: pointer)
         for record in ((), ("v", "h")):
-            x = torch.empty(
-                steps, n, dtype=getattr(torch, dtype), device="meta", requires_grad=True
-            )
-            out = nj.multistep(model, x, surrogate=erf, record=record, **params)
-            losses = [out.spikes.sum(), out.spikes.sum() + out.state["v"].sum()]
-            if record:
-                losses.append(out.spikes.sum() + out.record["v"].sum() + out.record["h"].sum())
-            for loss in losses:
-                loss.backward(retain_graph=True)
+            for wanted in (True, False) if params else (True,):
+                x = torch.empty(steps, n, dtype=getattr(torch, dtype), device="meta")
+                x.requires_grad_(wanted)
+                out = nj.multistep(model, x, surrogate=erf, record=record, **params)
+                losses = [out.spikes.sum(), out.spikes.sum() + out.state["v"].sum()]
+                if record:
+                    losses.append(out.spikes.sum() + out.record["v"].sum() + out.record["h"].sum())
+                for loss in losses:
+                    loss.backward(retain_graph=True)
     monkeypatch.undo()
     options = dict(surrogates=["erf"], dtypes=[dtype])
     chosen = ahead.choices([name], target, record=("v", "h"), **options)
-    assert asked
+    assert {spec.to_inputs for spec in asked} == ({True, False} if params else {True})
     assert asked <= set(chosen)
     assert len(chosen) == len(set(chosen))
     plain = {spec for spec in asked if "v" not in spec.sequences}

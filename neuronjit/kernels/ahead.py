@@ -142,8 +142,10 @@ def choices(
                 learned=learned,
             )  # fmt: skip
             ways = (False, True) if wide and target == "cuda" else (False,)
-            for way in ways:
-                chosen.update(dict.fromkeys(every_shape(replace(spec, by_channel=way), target)))
+            ends = (True, False) if spec.learned else (True,)
+            for way, end in itertools.product(ways, ends):
+                each = replace(spec, by_channel=way, to_inputs=end)
+                chosen.update(dict.fromkeys(every_shape(each, target)))
     return list(chosen)
 
 

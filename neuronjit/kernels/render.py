@@ -83,7 +83,7 @@ def _context(spec: KernelSpec) -> dict[str, Any]:
             "INPUTS": len(spec.inputs),
             "PER_STEP": len(spec.per_step),
             "SEQUENCES": len(spec.inputs) + len(spec.arriving),
-            "OUTPUTS": len(spec.inputs) if backward else 1 + len(spec.record),
+            "OUTPUTS": len(spec.outputs),
             "STATES": len(spec.model.state),
             "SHARED": len(spec.shared),
             "SHARED_DIVISORS": len(spec.divisors.intersection(spec.shared)),
@@ -285,7 +285,7 @@ def _adjoint(spec: KernelSpec) -> dict[str, Any]:
                 part = Node("where", (Node("==", (name(gate), number(0))), number(0), part))
             arrive(read, guarded(part, slope, by), by)
     results = {z: f"d_.z[{i}][l_] = " for i, z in enumerate(spec.model.state)}
-    results |= {n: f"out_[{i}][l_] = " for i, n in enumerate(spec.inputs)}
+    results |= {n: f"out_[{i}][l_] = " for i, n in enumerate(spec.outputs)}
     for i, p in enumerate((*spec.each_learned, *spec.summed)):
         results[p] = f"d_.learned[{i}][l_] += "
     lines += [_Line(before, add(terms.get(source, []))) for source, before in results.items()]

@@ -92,6 +92,7 @@ class KernelSpec:
     learned: tuple[str, ...] = ()  # backward: parameters whose gradient is wanted
     record: tuple[str, ...] = ()  # forward: sequences that are returned besides the spikes
     arriving: tuple[str, ...] = ()  # backward: sequences whose gradients arrive
+    to_inputs: bool = True  # backward: it gives gradients of the inputs, not of parameters alone
     interval: int = 16  # K: steps between checkpoints, recomputed together
     lanes: int = 1  # neurons handled together
     loads: int = 1  # forward: rows of x on their way before the first is used
@@ -120,6 +121,8 @@ class KernelSpec:
         if not backward and (self.detach_reset or self.learned or self.arriving):
             fields = "detach_reset, learned parameters and arriving gradients"
             raise SpecError(f"{fields} concern backward kernels only")
+        if not self.to_inputs and not self.learned:
+            raise SpecError("to_inputs=False concerns backward kernels with learned parameters only")
         if backward and self.record:
             raise SpecError("record concerns forward kernels only")
         for field, names in (
@@ -157,6 +160,7 @@ class KernelSpec:
         learned: Iterable[str] = (),
         record: Iterable[str] = (),
         arriving: Iterable[str] = (),
+        to_inputs: bool = True,
         **shape: Any,
     ) -> KernelSpec:
         """The kernel that a call with these choices uses in this direction.
@@ -167,6 +171,7 @@ class KernelSpec:
         backward = direction == "backward"
         record = in_order(record, model.recordable, "record")
         arriving = in_order(arriving, ("s", *model.recordable), "arriving")
+        learned = in_order(learned, model.params, "learned") if backward else ()
         return cls(
             model,
             target,
@@ -178,9 +183,10 @@ class KernelSpec:
             detach_reset=bool(detach_reset) and backward,
             per_neuron=in_order(per_neuron, model.params, "per_neuron"),
             per_step=in_order(per_step, model.inputs[1:], "per_step"),
-            learned=in_order(learned, model.params, "learned") if backward else (),
+            learned=learned,
             record=() if backward else record,
             arriving=arriving if backward else (),
+            to_inputs=to_inputs or not learned,
             **shape,
         )
 
@@ -193,6 +199,13 @@ class KernelSpec:
     def inputs(self) -> tuple[str, ...]:
         """The model's inputs: those that differ between neurons first."""
         return (*(n for n in self.model.inputs if n not in self.per_step), *self.per_step)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The sequences that it writes: in backward, of the gradients of these inputs."""
+        if self.direction == "forward":
+            return ("s", *self.record)
+        return self.inputs if self.to_inputs else ()
 
     @cached_property
     def divisors(self) -> frozenset[str]:
@@ -245,14 +258,14 @@ class KernelSpec:
         if self.direction == "forward":
             pointers = [
                 Group("const storage*", "in", own),
-                Group("storage*", "out", ("s", *self.record)),
+                Group("storage*", "out", self.outputs),
                 Group("real*", "last", states),
                 Group("real*", "checkpoints"),
             ]
         else:
             pointers = [
                 Group("const storage*", "in", (*own, *self.arriving)),
-                Group("storage*", "out", self.inputs),
+                Group("storage*", "out", self.outputs),
                 Group("const real*", "last_grad", states),
                 Group("real*", "start_grad", states),
                 Group("const real*", "checkpoints"),
@@ -306,6 +319,7 @@ class KernelSpec:
         )
         for word, names in lists.items():
             parts += [f"{word}_{'_'.join(names)}"] if names else []
+        parts += [] if self.to_inputs else ["alone"]
         parts += ["by_channel"] if self.by_channel else []
         parts += [f"k{self.interval}", f"l{self.lanes}", f"r{self.loads}"]
         parts += ["ahead"] if self.prefetch else []

@@ -72,7 +72,8 @@ def needed(statements: Sequence[Statement], outputs: set[str]) -> list[Statement
     for statement in reversed(statements):
         if statement.target in wanted:
             kept.append(statement)
-            wanted |= statement.expression.names()
+            read = statement.expression
+            wanted |= (read.args[0] if read.op == "add_grad" else read).names()
     return kept[::-1]
 
 

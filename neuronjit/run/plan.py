@@ -566,9 +566,11 @@ class KernelPlan:
         """The kernel for these gradients that arrive, the one of forward for None."""
         call, direction, sequences = self.call, "forward", self.call.record
         learned: tuple[str, ...] = ()
-        launches, members = self._launches, self._forward_members
+        launches, members, to_inputs = self._launches, self._forward_members, True
         if arriving:
-            direction, (_, sequences, learned, *_, members, launches) = "backward", arriving
+            direction, (asked, sequences, learned, *_, members, launches) = "backward", arriving
+            inputs = {"x", *self.inputs}
+            to_inputs = any(w for n, w in zip(("x", *self.given), asked[1], strict=True) if n in inputs)
         wide = aligned
         if self.channels:  # lanes are of one channel, or of channels next to each other
             inner, period = self.channels
@@ -580,7 +582,7 @@ class KernelPlan:
             call.model, self.target, direction, call.surrogate, call.reset, call.detach_reset,
             NAMES[self.dtype], per_neuron=self.per_neuron, by_channel=self.channels is not None,
             per_step=self.per_step, learned=learned, record=call.record,
-            arriving=sequences if arriving else (), **shape._asdict(),
+            arriving=sequences if arriving else (), to_inputs=to_inputs, **shape._asdict(),
         )  # fmt: skip
         kernel = build.load_kernel(spec, self.device.index or 0)
         size = self.n, self.T

@@ -290,7 +290,7 @@ template <class Sizes> struct Arrays : Sizes {
   using In = real[Sizes::INPUTS][LANES];       // what a step reads: first of each neuron, then of all neurons
   using Sequences = real[Sizes::SEQUENCES][LANES];  // these, and the gradients that arrive
   static constexpr int OWN = Sizes::INPUTS - Sizes::PER_STEP;  // inputs that differ between neurons
-  using Out = real[Sizes::OUTPUTS][LANES];
+  using Out = real[Sizes::OUTPUTS + 1][LANES];
   struct Gradients {
     State z;  // of the states after the step in hand
     real learned[Sizes::EACH_LEARNED + Sizes::SUMS + 1][LANES];
@@ -612,7 +612,9 @@ template <class M> struct Walk {
         now.get(in, k);
         FOR_LANES_ { M::step_back(p, in, before[k], d, some, out, l); }
         M::pass(some);
-        UNROLL_ for (int i = 0; i < M::INPUTS; ++i) { store_reals_if(a.out[i], row(t + k), out[i], valid); }
+        if constexpr (M::OUTPUTS > 0) {
+          UNROLL_ for (int i = 0; i < M::OUTPUTS; ++i) { store_reals_if(a.out[i], row(t + k), out[i], valid); }
+        }
       }
     }
   }

@@ -304,9 +304,10 @@ def shape(
     if is_long(model):
         return Shape(k, 1, 1)
     widest = max(min(8 // itemsize, 4 // len(model.state)), 1)
-    if sequences + len(model.inputs) - 1 > 1:
-        widest = 1  # rows of several sequences at once want all registers
-    elif direction == "backward" and k * terms_of(model) > TERMS_OF_FOUR:
+    much = direction == "backward" and k * terms_of(model) > TERMS_OF_FOUR
+    if sequences + len(model.inputs) - 1 > 1 and (much or k > 4):
+        widest = 1  # many rows of several sequences at once want all registers
+    elif much:
         widest = min(widest, 2)
     lanes = 1
     while lanes < widest and aligned and n % (lanes * 2) == 0 and n // (lanes * 2) >= VERY_FEW:
