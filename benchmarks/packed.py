@@ -2,7 +2,7 @@
 
 The networks of networks.py, as SpikingJelly has them, with its memopt (checkpoints, whose inputs
 it keeps as bits where they are spikes), after `neuronjit.accelerate`, and that within
-`neuronjit.packed_spikes`. Peak memory is that of a step above what lives on: the allocator's on a
+`neuronjit.packed_spikes`, fused too. Peak memory is that of a step above what lives on: the allocator's on a
 GPU; on a CPU, where `--small` is for, from the profiler's record of allocations.
 """
 
@@ -27,11 +27,13 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from warm_start import machine
 
-from neuronjit.run.packed import pack_bits, unpack_bits
+from neuronjit.run.bits import pack_bits, unpack_bits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SETTINGS = (("float16", "channels_last"), ("float32", "NCHW"))
-WHOSE = ("spikingjelly", "memopt", "neuronjit", "packed", "packed, memopt")
+WHOSE = (
+    "spikingjelly", "memopt", "neuronjit", "packed", "packed, memopt", "fused, packed",
+)  # fmt: skip
 
 
 def milliseconds(call: Callable[[], Any], rounds: int = 7, repeats: int = 3) -> float:
@@ -66,7 +68,7 @@ def peak_bytes(step: Step) -> int:
         step()
         return torch.cuda.max_memory_allocated() - before
     # the profiler does not see that memory is freed which it did not see allocated
-    step.functional.reset_net(step.net)
+    step.reset(step.net)
     step.optimizer.zero_grad(set_to_none=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as made:
         step()
@@ -80,9 +82,10 @@ def peak_bytes(step: Step) -> int:
 
 def measure(name: str, whose: str, dtype: str, layout: str, run: Any) -> dict[str, Any]:
     plain = whose in ("spikingjelly", "memopt")
-    net = networks.network(name, "spikingjelly" if plain else "neuronjit", dtype, layout, run)
+    build = "spikingjelly" if plain else "fused" if "fused" in whose else "neuronjit"
+    net = networks.network(name, build, dtype, layout, run)
     data = networks.batch(name, layout, run)
-    step = Step(net, data, dtype, "eager", "packed" in whose)
+    step = Step(net, "spikingjelly", data, dtype, "eager", "packed" in whose)
     if "memopt" in whose:
         checkpointed(step)
     losses = [step().item() for _ in range(3)]

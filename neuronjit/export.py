@@ -88,7 +88,7 @@ def specs_of(
 
     names: its record, learned, per_neuron and per_step.
     """
-    lists = {what: as_names(given, what) for what, given in names.items()}
+    lists: dict[str, Any] = {what: as_names(given, what) for what, given in names.items()}
     if arriving is None:
         arriving = "s", *lists.get("record", ())
     lists["arriving"] = as_names(arriving, "arriving")

@@ -5,10 +5,13 @@ changes what the library renders.
 
 Usage: python cuda_on_host.py MODEL DTYPE STEPS... (the names of the oracle's models)
        python cuda_on_host.py quotients DTYPE
+       python cuda_on_host.py bits DTYPE
 """
 
+import ctypes
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -80,10 +83,57 @@ def main(model, dtype, *steps):
         cpu.FLAGS = tuple("-O0" if flag == "-O3" else flag for flag in cpu.FLAGS)
         if model == "quotients":
             check_quotients(getattr(torch, dtype))
+        if model == "bits":
+            check_bits(Path(folder), dtype)
         for t in map(int, steps):
             for n in (5, 12):
                 compare(model, getattr(torch, dtype), t, n)
     print("right")
+
+
+BITS = """
+#define __global__
+#define __launch_bounds__(n)
+static struct { unsigned x; } blockIdx;
+%s
+extern "C" void run(void* numbers, void* bits, long long count, int blocks) {
+  for (blockIdx.x = 0; blockIdx.x < (unsigned)blocks; ++blockIdx.x) {
+    for (threadIdx.x = 0; threadIdx.x < BLOCK; ++threadIdx.x) {
+      kernel({(storage*)numbers, (unsigned char*)bits, count});
+    }
+  }
+}
+"""
+
+
+def check_bits(folder, dtype):
+    """Numbers of few bits, packed and unpacked, against whole numbers of Python."""
+    render._header = lambda target: render._environment().get_template(
+        "target_cpu.h.j2"
+    ).make_module(dict(block=cuda.BLOCK, library=render.LIBRARY))  # fmt: skip
+    turns = 4
+    for width in (1, 2, 4, 8):
+        run = {}
+        for pack in (True, False):
+            source = folder / f"bits_{width}_{pack}.cpp"
+            source.write_text(BITS % render.render_bits("kernel", pack, dtype, width, turns))
+            library = source.with_suffix(".so")
+            command = ["g++", "-std=c++20", "-shared", "-fPIC", "-w", source, "-o", library]
+            subprocess.run(command, check=True)
+            run[pack] = ctypes.CDLL(library).run
+            run[pack].argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int]
+        for count in (*range(1, 20), 4095, 4096, 4097, 9003):
+            numbers = torch.randint(0, 1 << width, (count,))
+            whole = sum(number << (width * i) for i, number in enumerate(numbers.tolist()))
+            size = -(-count * width // 8)
+            blocks = -(-count // (8 * turns * cuda.BLOCK))
+            flat = numbers.to(getattr(torch, dtype))
+            bits = torch.full((size,), 255, dtype=torch.uint8)
+            run[True](flat.data_ptr(), bits.data_ptr(), count, blocks)
+            assert bytes(bits.tolist()) == whole.to_bytes(size, "little"), (width, count)
+            back = torch.full_like(flat, -1)
+            run[False](back.data_ptr(), bits.data_ptr(), count, blocks)
+            assert torch.equal(back, flat), (width, count)
 
 
 def compare(model, dtype, t, n):

@@ -21,10 +21,10 @@ pytestmark = [
 ]
 
 
-def run(*options: str) -> subprocess.CompletedProcess[str]:
+def run(*options: str, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
-        [sys.executable, str(SCRIPT), *options], capture_output=True, text=True,
+        [sys.executable, str(script), *options], capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
 
@@ -45,6 +45,20 @@ def test_networks(tmp_path: Path) -> None:
     assert "| CIFAR10Net, float32 NCHW |" in text and "failed" not in text
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "networks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_packed_spikes(tmp_path: Path) -> None:
+    done = run("--small", "--out", str(tmp_path), script=SCRIPT.with_name("packed.py"))
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads((tmp_path / "packed.json").read_text()).values()
+    assert not found["notes"]
+    for name in ("SEW-ResNet-18", "CIFAR10Net"):
+        rows = {row["whose"]: row for row in found["rows"] if row["network"] == name}
+        for row in rows.values():
+            assert row["losses"] == pytest.approx(rows["spikingjelly"]["losses"], rel=1e-3)
+        peaks = [rows[w]["peak_MB"] for w in ("spikingjelly", "neuronjit", "packed")]
+        assert sorted(peaks, reverse=True) == peaks
+        assert rows["fused, packed"]["peak_MB"] < rows["packed"]["peak_MB"]
 
 
 @pytest.mark.peers("snntorch")

@@ -42,3 +42,10 @@ def test_the_oracle_agrees(model: str, dtype: str, steps: tuple[int, ...]) -> No
 def test_quotients_are_those_of_plain_divisions(dtype: str) -> None:
     """By infinite, huge, subnormal and zero divisors too, forward and backward."""
     test_the_oracle_agrees("quotients", dtype, ())
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float16", slow("float32"), slow("bfloat16"), slow("float64")]
+)  # fmt: skip
+def test_bits_are_packed(dtype: str) -> None:
+    test_the_oracle_agrees("bits", dtype, ())

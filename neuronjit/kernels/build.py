@@ -133,6 +133,53 @@ def _obtain(spec: KernelSpec, arch: str, use: Callable[[bytes], Used]) -> tuple[
     return entry, result
 
 
+def other_entry(
+    request: str,
+    symbol: str,
+    fingerprint: Callable[[], dict[str, str]],
+    made: tuple[str, str],
+    compile: Callable[[], tuple[str, bytes]],
+    check: Callable[[bytes], str],
+    cure: str,
+) -> store.Entry:
+    """The cache's entry for what is no neuron's kernel, compiled if it is not there.
+
+    Args:
+        request: what decides the source.
+        fingerprint: of the toolchain. Raises BackendError where there is none.
+        made: target and architecture.
+        compile: source and binary.
+        check: why a binary is not what was asked for; "" if it is.
+        cure: what gets one where there is no compiler.
+
+    Raises:
+        BackendError: there is neither an entry nor a compiler; CompileError: it failed.
+    """
+    target, arch = made
+
+    def compile_now() -> store.Entry:
+        with told(symbol):
+            source, binary = compile()
+        meta = {
+            "symbol": symbol, "request": request, "target": target, "arch": arch,
+            "fingerprint": toolchain, "versions": {"neuronjit": version()},
+        }  # fmt: skip
+        return store.Entry(key, meta, source, binary)
+
+    lacking = "NEURONJIT_NO_COMPILE is set"
+    try:
+        toolchain = fingerprint()
+        key = store.make_key(request, toolchain)
+        if not no_compile():
+            return store.load_or_make(key, compile_now, lambda found: check(found.binary))
+    except BackendError as error:  # there is no compiler
+        lacking = str(error)
+    found = store.find(request, target, arch)
+    if found is None:
+        raise BackendError(f"{lacking}; no cache holds it, and {cure}")
+    return found
+
+
 @contextmanager
 def told(what: str) -> Iterator[None]:
     """Say so where compiling takes long: somebody waits."""

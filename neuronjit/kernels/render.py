@@ -26,15 +26,31 @@ WIDTH = 120  # of a rendered line
 
 def render_specs(specs: Sequence[KernelSpec]) -> str:
     """The source of some kernels of one target: the target's names once, then each kernel."""
-    environment, target = _environment(), specs[0].target
-    block = targets.by_name(target).BLOCK
-    header = environment.get_template(f"target_{target}.h.j2").make_module(
-        dict(block=block, library=LIBRARY)
-    )
+    header = _header(specs[0].target)
     walk = (templates() / "walk.h").read_text("ascii")
-    kernel = environment.get_template("kernel.cu.j2")
+    kernel = _environment().get_template("kernel.cu.j2")
     texts = [kernel.render(_context(spec), entry=header.entry) for spec in specs]
     return "\n".join([f"{header}{walk}", *map(_tidy, texts)])
+
+
+def render_bits(symbol: str, pack: bool, dtype: str, width: int, turns: int) -> str:
+    """The source of a CUDA kernel that packs numbers of `width` bits, or unpacks them."""
+    row, block = DTYPES[dtype], targets.by_name("cuda").BLOCK
+    text = (
+        _environment()
+        .get_template("bits.cu.j2")
+        .render(
+            symbol=symbol, pack=pack, storage=row.storage, real=row.real, width=width, turns=turns,
+            block=block, word="unsigned" if width <= 4 else "unsigned long long",
+        )
+    )  # fmt: skip
+    return f"{_header('cuda')}{_tidy(text)}"
+
+
+def _header(target: str) -> Any:
+    """What all kernels of a target use."""
+    template = _environment().get_template(f"target_{target}.h.j2")
+    return template.make_module(dict(block=targets.by_name(target).BLOCK, library=LIBRARY))
 
 
 @cache

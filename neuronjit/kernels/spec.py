@@ -122,7 +122,9 @@ class KernelSpec:
             fields = "detach_reset, learned parameters and arriving gradients"
             raise SpecError(f"{fields} concern backward kernels only")
         if not self.to_inputs and not self.learned:
-            raise SpecError("to_inputs=False concerns backward kernels with learned parameters only")
+            raise SpecError(
+                "to_inputs=False concerns backward kernels with learned parameters only"
+            )
         if backward and self.record:
             raise SpecError("record concerns forward kernels only")
         for field, names in (

@@ -26,7 +26,7 @@ from ..cache import store
 from ..cache.folders import Untrusted
 from ..errors import BackendError, CompileError
 from ..kernels import build
-from ..settings import no_compile, warn_once
+from ..settings import warn_once
 from . import layout
 
 _SYMBOL, _TARGET = "neuronjit_front_end", "front end"
@@ -121,37 +121,24 @@ def entry() -> store.Entry:
         "source": hashlib.sha256(source.encode()).hexdigest(), "python": python,
         "torch": torch.__version__, "abi": abi,
     }  # fmt: skip
-    request = json.dumps({"front end": asked}, sort_keys=True)
 
-    def compile_now() -> store.Entry:
+    def compile_now() -> tuple[str, bytes]:
         folder = Path(torch.__file__).parent
         include = [folder / "include", folder / "include/torch/csrc/api/include"]
         folders = (*include, sysconfig.get_path("include"))
         options = [*_FLAGS, abi, *(f"-I{path}" for path in folders)]
         libraries = [f"-L{folder / 'lib'}", *_LIBRARIES]
-        with build.told("the front end"):
-            binary = cpu.shared_object(source, _SYMBOL, arch, [options], libraries)
-        meta = {
-            "symbol": _SYMBOL, "request": request, "target": _TARGET, "arch": arch,
-            "fingerprint": fingerprint, "versions": {"neuronjit": build.version()},
-        }  # fmt: skip
-        return store.Entry(key, meta, source, binary)
+        return source, cpu.shared_object(source, _SYMBOL, arch, [options], libraries)
 
-    lacking = "NEURONJIT_NO_COMPILE is set"
-    try:
-        fingerprint = {**cpu.fingerprint(arch), "target": _TARGET, "flags": " ".join(_FLAGS)}
-        key = store.make_key(request, fingerprint)
-        if not no_compile():
-            return store.load_or_make(
-                key, compile_now, lambda found: cpu.check(found.binary, _SYMBOL, arch)
-            )
-    except BackendError as error:  # there is no compiler
-        lacking = str(error)
-    found = store.find(request, _TARGET, arch)
-    if found is None:
-        build_it = "`neuronjit-cache prebuild --front-end` builds it where there is a compiler"
-        raise BackendError(f"{lacking}; no cache holds it, and {build_it}")
-    return found
+    return build.other_entry(
+        json.dumps({"front end": asked}, sort_keys=True),
+        _SYMBOL,
+        lambda: {**cpu.fingerprint(arch), "target": _TARGET, "flags": " ".join(_FLAGS)},
+        (_TARGET, arch),
+        compile_now,
+        lambda binary: str(cpu.check(binary, _SYMBOL, arch)),
+        "`neuronjit-cache prebuild --front-end` builds it where there is a compiler",
+    )
 
 
 class Compiled:

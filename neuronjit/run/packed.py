@@ -23,6 +23,7 @@ from ..language.tree import Node, name, number
 from ..models.block import program
 from ..models.model import NeuronModel
 from ..torch_private import current_raw_stream
+from .bits import WIDTHS, pack_bits, unpack_bits
 from .call import Call
 
 
@@ -81,7 +82,7 @@ class _Spikes:
     @property
     def width(self) -> int:
         """The bits that hold one of the numbers."""
-        return next(width for width in _WORDS if self.most < 1 << width)
+        return next(width for width in WIDTHS if self.most < 1 << width)
 
     def unchanged(self) -> bool:
         return self.counter._version == self.version
@@ -151,12 +152,10 @@ def _whole(most: int) -> int:
 # --- what autograd asks ---------------------------------------------------------------------------
 
 
-class _Saved(NamedTuple):
-    """What stands for a tensor from forward to backward."""
+class _Packed(NamedTuple):
+    """Numbers that are kept as bits, and the view of them that was saved."""
 
-    counted: Tensor  # the tensor, or what has its version counter
-    version: int
-    bits: Tensor | None
+    bits: Tensor
     width: int
     shape: torch.Size
     strides: tuple[int, ...]
@@ -164,33 +163,38 @@ class _Saved(NamedTuple):
     dtype: torch.dtype
 
 
+_Saved = tuple[Tensor, int, _Packed | None]  # the tensor or what has its version counter; version
+
+
 def _pack(x: Tensor) -> _Saved:
     known = _spikes_of(x)
     if known is None:
-        # not x: an output that its own node keeps is never freed
-        counted, bits, width = x.detach(), None, 0
-    else:
-        counted, bits, width = known.counter, _bits_of(x, known), known.width
-    offset = int(x.storage_offset())
-    return _Saved(counted, counted._version, bits, width, x.shape, x.stride(), offset, x.dtype)
+        kept = x.detach()  # not x: an output that its own node keeps is never freed
+        return kept, kept._version, None
+    bits, offset = _bits_of(x, known), int(x.storage_offset())
+    packed = _Packed(bits, known.width, x.shape, x.stride(), offset, x.dtype)
+    return known.counter, known.counter._version, packed
 
 
 def _unpack(saved: _Saved) -> Tensor:
-    if saved.counted._version != saved.version:  # hooks lose torch's own check
+    counted, version, packed = saved
+    if counted._version != version:  # hooks lose torch's own check
+        like = packed or counted
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace"
-            f" operation: {list(saved.shape)}, {saved.dtype}, is at version"
-            f" {saved.counted._version}; expected version {saved.version}, that of forward."
+            f" operation: {list(like.shape)}, {like.dtype}, is at version {counted._version};"
+            f" expected version {version}, that of forward."
             " torch.autograd.set_detect_anomaly(True) tells which operation's backward failed"
         )
-    if saved.bits is None:
-        return saved.counted
+    if packed is None:
+        return counted
+    bits, width, shape, strides, offset, dtype = packed
     # the bytes that the view reads, which may be one step of many
-    extent = sum((n - 1) * stride for n, stride in zip(saved.shape, saved.strides, strict=True))
-    each = 8 // saved.width
-    first, last = saved.offset // each, (saved.offset + extent) // each
-    values = unpack_bits(saved.bits[first : last + 1], saved.dtype, saved.width)
-    return values.as_strided(saved.shape, saved.strides, saved.offset - each * first)
+    extent = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    each = 8 // width
+    first, last = offset // each, (offset + extent) // each
+    values = unpack_bits(bits[first : last + 1], dtype, width)
+    return values.as_strided(shape, strides, offset - each * first)
 
 
 def _spikes_of(x: Tensor) -> _Spikes | None:
@@ -262,9 +266,6 @@ def _most(node: Any) -> int:
     return known.most if known is not None and known.unchanged() else 0
 
 
-# --- bits -----------------------------------------------------------------------------------------
-
-
 def _bits_of(x: Tensor, known: _Spikes) -> Tensor:
     """The bits of all of x's memory."""
     stream = current_raw_stream(x.device.index) if x.is_cuda else 0
@@ -275,33 +276,3 @@ def _bits_of(x: Tensor, known: _Spikes) -> Tensor:
         bits = pack_bits(x.detach().as_strided((elements,), (1,), 0), known.width)
         known.bits[stream] = ref(bits)
     return bits
-
-
-# by the bits of a number: the integer that has as many bytes as a byte has such numbers
-_WORDS = {1: torch.int64, 2: torch.int32, 4: torch.int16, 8: torch.uint8}
-
-
-def pack_bits(flat: Tensor, width: int = 1) -> Tensor:
-    """Numbers from 0 to 2**width - 1, as many a byte as it holds, the first of them lowest."""
-    # flat.ne(0) takes up to four times as long on a CPU
-    whole = flat.bool().view(torch.uint8) if width == 1 else flat.to(torch.uint8)
-    each = 8 // width
-    if each == 1:
-        return whole
-    if len(whole) % each:
-        whole = torch.nn.functional.pad(whole, (0, -len(whole) % each))
-    # the product's highest byte has each number at its place, and no other sum reaches it
-    gather = sum(1 << 8 * (each - 1 - i) + width * i for i in range(each))
-    return whole.view(_WORDS[width]).mul_(gather).view(torch.uint8)[each - 1 :: each].contiguous()
-
-
-def unpack_bits(bits: Tensor, dtype: torch.dtype, width: int = 1) -> Tensor:
-    """The numbers that `pack_bits` packed, and those of its padding."""
-    # made anew: what is kept could belong to a captured graph, or to another stream
-    shift = torch.arange(0, 8, width, dtype=torch.uint8, device=bits.device)
-    ones = (1 << width) - 1
-    if bits.is_cuda:  # where looking rows of eight up takes fourteen times as long
-        return (bits.unsqueeze(1) >> shift).bitwise_and_(ones).to(dtype).view(-1)
-    byte = torch.arange(256, dtype=torch.uint8, device=bits.device)
-    table = (byte.unsqueeze(1) >> shift).bitwise_and_(ones).to(dtype)
-    return table.index_select(0, bits.int()).view(-1)

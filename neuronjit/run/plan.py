@@ -570,7 +570,9 @@ class KernelPlan:
         if arriving:
             direction, (asked, sequences, learned, *_, members, launches) = "backward", arriving
             inputs = {"x", *self.inputs}
-            to_inputs = any(w for n, w in zip(("x", *self.given), asked[1], strict=True) if n in inputs)
+            to_inputs = any(
+                w for n, w in zip(("x", *self.given), asked[1], strict=True) if n in inputs
+            )
         wide = aligned
         if self.channels:  # lanes are of one channel, or of channels next to each other
             inner, period = self.channels
