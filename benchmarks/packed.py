@@ -2,8 +2,8 @@
 
 The networks of networks.py, as SpikingJelly has them, with its memopt (checkpoints, whose inputs
 it keeps as bits where they are spikes), after `neuronjit.accelerate`, and that within
-`neuronjit.packed_spikes`, fused too. Peak memory is that of a step above what lives on: the allocator's on a
-GPU; on a CPU, where `--small` is for, from the profiler's record of allocations.
+`neuronjit.packed_spikes`, fused too. Peak memory is that of a step above what lives on: the
+allocator's on a GPU; on a CPU, where `--small` is for, from the profiler's record of allocations.
 """
 
 from __future__ import annotations
