@@ -47,7 +47,9 @@ WORDS = {
         for width in ("b16", "b32", r"v2\.b32", r"v4\.b32")
     },
     r"asm\(\"mul\.ftz\.f32[^;]*;[^;]*;": "most = fminf(abs_(b), 1.0f) * 3.4028e38f;",
-    r"asm\(\"rcp\.approx\.ftz\.f32[^;]*;[^;]*;": "r = 1.0f / b;",
+    r"asm\(\"rcp\.approx\.ftz\.f32[^;]*;[^;]*\(b\)\);": "r = 1.0f / b;",
+    r"asm\(\"rcp\.approx\.ftz\.f32[^;]*;[^;]*\(1\.0f \+ e\)\);": "r = 1.0f / (1.0f + e);",
+    r"asm\(\"ex2\.approx\.ftz\.f32[^;]*;[^;]*;": "e = exp2f(a * -1.44269504f);",
     r"asm\(\"cvt\.f32\.f16[^;]*;[^;]*;": "_Float16 h; memcpy(&h, &a, 2); r = h;",
     r"asm\(\"cvt\.rn\.f16\.f32[^;]*;[^;]*;": "_Float16 h = a; memcpy(&r, &h, 2);",
 }

@@ -94,7 +94,7 @@ def _signed(node: Node, sign: str) -> Node:
 def fast_divisions(
     node: Node, divisors: Container[str], evaluated: Container[Node] = frozenset()
 ) -> Node:
-    """For gradients: products with reciprocals, and divisions to the last bit or two.
+    """For gradients: products with reciprocals; divisions and sigmoids to the last bit or two.
 
     Exact are comparisons, so that a choice of slopes falls as that of values did, and functions
     that the step has `evaluated`: written alike, compilers find that they are needed only once.
@@ -102,6 +102,8 @@ def fast_divisions(
     if node.op in COMPARISONS or (is_call(node) and node in evaluated):
         return exact_divisions(node, divisors)
     args = tuple(fast_divisions(arg, divisors, evaluated) for arg in node.args)
+    if node.op == "sigmoid":
+        return Node("near_sigmoid", args)
     if node.op != "/":
         return Node(node.op, args, node.value)
     a, b = args

@@ -25,7 +25,7 @@ _pack_arguments = struct.Struct("@QQq").pack  # as templates/bits.cu.j2 has them
 def pack_bits(flat: Tensor, width: int = 1) -> Tensor:
     """Numbers from 0 to 2**width - 1, as many a byte as it holds, the first of them lowest."""
     if flat.is_cuda:
-        bits = flat.new_empty(-(-len(flat) * width // 8), dtype=torch.uint8)
+        bits = flat.new_empty(-(-flat.numel() * width // 8), dtype=torch.uint8)
         if _ran(True, flat, bits, width):
             return bits
     # flat.ne(0) takes up to four times as long on a CPU
@@ -43,7 +43,7 @@ def pack_bits(flat: Tensor, width: int = 1) -> Tensor:
 def unpack_bits(bits: Tensor, dtype: torch.dtype, width: int = 1) -> Tensor:
     """The numbers that `pack_bits` packed, and those of its padding."""
     if bits.is_cuda:
-        flat = bits.new_empty(len(bits) * (8 // width), dtype=dtype)
+        flat = bits.new_empty(bits.numel() * (8 // width), dtype=dtype)
         if _ran(False, flat, bits, width):
             return flat
     # made anew: what is kept could belong to a captured graph, or to another stream
@@ -63,7 +63,8 @@ _kernels: dict[tuple[bool, str, int, int], Any] = {}  # None where there is none
 
 def _ran(pack: bool, flat: Tensor, bits: Tensor, width: int) -> bool:
     """Whether a kernel was queued that does it; it reads and writes whole words."""
-    if not len(flat) or flat.dtype not in NAMES:
+    count = flat.numel()
+    if not count or flat.dtype not in NAMES:
         return False
     numbers, packed = flat.data_ptr(), bits.data_ptr()
     if numbers & 15 or packed & (width - 1) or not flat.is_contiguous():
@@ -81,8 +82,8 @@ def _ran(pack: bool, flat: Tensor, bits: Tensor, width: int) -> bool:
     if kernel is None:
         return False
     cuda: Any = targets.by_name("cuda")
-    blocks = -(-len(flat) // (8 * _TURNS * cuda.BLOCK))
-    kernel.launch(_pack_arguments(numbers, packed, len(flat)), Grid(blocks, 0), len(flat), 1)
+    grid = Grid(-(-count // (8 * _TURNS * cuda.BLOCK)), 0)
+    kernel.launch(_pack_arguments(numbers, packed, count), grid, count, 1)
     return True
 
 

@@ -228,6 +228,7 @@ template <typename R> INLINE_ R sigmoid_(R a) { return R(1) / (R(1) + exp_(-a));
 template <typename R> INLINE_ R sign_(R a) { return a > R(0) ? R(1) : (a < R(0) ? R(-1) : R(0)); }
 template <typename R> INLINE_ R minimum_(R a, R b) { return a < b || a != a ? a : b; }  // a NaN wins, as in torch
 template <typename R> INLINE_ R maximum_(R a, R b) { return a > b || a != a ? a : b; }
+template <typename R> INLINE_ R near_sigmoid_(R a) { return sigmoid_(a); }
 // How a kernel walks T steps of N neurons, whatever its equations. LANES neurons next to each other are handled
 // together, by one CUDA thread or by one vectorised stretch of a host loop; K steps lie between two checkpoints of the
 // states. A kernel M says how much there is of everything (its Size), what one step does (step, step_back) and which

@@ -239,6 +239,13 @@ INLINE_ float ratio_(float a, float b) {  // of gradients
   return a * r;
 }
 INLINE_ double ratio_(double a, double b) { return a / b; }
+INLINE_ float near_sigmoid_(float a) {  // of gradients: a third of the instructions
+  float e, r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(a * -1.44269504f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.0f + e));
+  return r;
+}
+INLINE_ double near_sigmoid_(double a) { return 1 / (1 + exp_(-a)); }
 // Whether q = a * (1 / b) is finite, told from a, so that nothing waits for q; its limit is found once, before steps.
 INLINE_ bool finite_quotient_(float, float a, float b) {
   float most;

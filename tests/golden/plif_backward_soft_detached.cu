@@ -28,7 +28,7 @@ struct Kernel : Arrays<Sizes> {
   };
   // Sigmoid: ds/du at u = h - theta
   static CALLED_ real slope_(const real u, const real alpha) {
-    return alpha * sigmoid_(alpha * u) * (real(1) - sigmoid_(alpha * u));
+    return alpha * near_sigmoid_(alpha * u) * (real(1) - near_sigmoid_(alpha * u));
   }
   // One step of one neuron: charge, fire, reset.
   static INLINE_ void step(const Params<Kernel>& p_, const In& in_, State& z_, Out& out_, const int l_) {
