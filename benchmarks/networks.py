@@ -334,6 +334,20 @@ def batch(name: str, layout: str, run: Run) -> tuple[Tensor, Tensor]:
 # --- a step, and what is measured of it -----------------------------------------------------------
 
 
+class ThenReset(nn.Module):
+    """A network to compile: states that are reset do not leave the graph, to be differentiated."""
+
+    def __init__(self, net: nn.Module, reset: Callable[[nn.Module], None] | None) -> None:
+        super().__init__()
+        self.net, self.reset = net, reset
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.net(x)
+        if self.reset:
+            self.reset(self.net)
+        return out
+
+
 class Step:
     """A training step; returns its loss."""
 
@@ -344,7 +358,9 @@ class Step:
         # networks of other libraries start anew in their forwards
         self.reset = spikingjelly()[3].reset_net if library == "spikingjelly" else None
         self.net, self.mode = net, mode
-        self.forward = torch.compile(net, **COMPILED[mode]) if mode in COMPILED else net
+        self.forward: Callable[[Tensor], Tensor] = net
+        if mode in COMPILED:
+            self.forward = torch.compile(ThenReset(net, self.reset), **COMPILED[mode])
         self.x, self.y = data
         self.half = HALF.get(dtype)
         self.packed = nj.packed_spikes if packed else contextlib.nullcontext
