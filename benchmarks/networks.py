@@ -502,10 +502,11 @@ def turns(args: argparse.Namespace, device: str) -> Iterator[Turn]:
     images = [name for name in names if len(NETWORKS[name].layouts) == 2]
     order = [(name, "float16", NETWORKS[name].layouts[0]) for name in names]
     order += [(name, "float32", NETWORKS[name].layouts[-1]) for name in names]
+    order += others
     order += [(name, "float16", "NCHW") for name in images]
     order += [(name, "float32", "channels_last") for name in images]
     rest = [(name, "bfloat16", layout) for name in names for layout in NETWORKS[name].layouts]
-    rest = others + sorted(rest, key=lambda turn: turn[2] == "NCHW")
+    rest = sorted(rest, key=lambda turn: turn[2] == "NCHW")
     if quick:
         yield from (Turn(*turn, quick) for turn in order)
     if slow:
@@ -513,7 +514,7 @@ def turns(args: argparse.Namespace, device: str) -> Iterator[Turn]:
     if quick:
         yield from (Turn(*turn, quick) for turn in rest)
     if slow:
-        yield from (Turn(*turn, quick + slow) for turn in order[1:] + others)
+        yield from (Turn(*turn, quick + slow) for turn in order[1:])
 
 
 # --- what is written ------------------------------------------------------------------------------
