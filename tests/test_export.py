@@ -355,7 +355,7 @@ SPEC = dict(model=nj.neurons.LIF, target="cpu", direction="backward", dtype="flo
         dict(learned=("v_threshold", "tau")), dict(per_neuron=("tau", "tau")),
         dict(arriving=("v", "s")), dict(arriving=("x",)), dict(interval=0), dict(interval=3),
         dict(lanes=True), dict(loads=32), dict(interval=1 << 20), dict(dtype="int8"),
-        dict(record=("v",)),
+        dict(record=("v",)), dict(to_inputs=False),
         dict(spiking=False, surrogate=nj.surrogates.SuperSpike), dict(model="lif"),
         dict(direction="forward", surrogate=None, detach_reset=True),
         dict(direction="forward", surrogate=None, learned=("tau",)),

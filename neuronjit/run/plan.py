@@ -284,6 +284,7 @@ class _Arriving(NamedTuple):
     learned: tuple[str, ...]  # parameters whose gradient is wanted
     summed: tuple[str, ...]  # those of them that all neurons share
     by_channel: tuple[str, ...]  # those that a kernel sums channel by channel
+    to_inputs: bool  # whether the gradient of x or of another input is wanted
     members: tuple[Member, ...]  # of the argument, in the order in which `backward` lists them
     launches: dict[bool, _Launch]  # by whether all addresses are aligned
 
@@ -497,8 +498,9 @@ class KernelPlan:
                 *([("channel_partials", _ALONE)] if by_channel else []),
                 ("partials", _ALONE),
             )
+            to_inputs = wanted[0] or not want.isdisjoint(self.inputs)
             self._arrivals[key] = _Arriving(
-                key, sequences, learned, summed, by_channel, members, {}
+                key, sequences, learned, summed, by_channel, to_inputs, members, {}
             )
         return self._arrivals[key]
 
@@ -568,11 +570,8 @@ class KernelPlan:
         learned: tuple[str, ...] = ()
         launches, members, to_inputs = self._launches, self._forward_members, True
         if arriving:
-            direction, (asked, sequences, learned, *_, members, launches) = "backward", arriving
-            inputs = {"x", *self.inputs}
-            to_inputs = any(
-                w for n, w in zip(("x", *self.given), asked[1], strict=True) if n in inputs
-            )
+            direction, sequences, learned = "backward", arriving.sequences, arriving.learned
+            launches, members, to_inputs = arriving.launches, arriving.members, arriving.to_inputs
         wide = aligned
         if self.channels:  # lanes are of one channel, or of channels next to each other
             inner, period = self.channels
