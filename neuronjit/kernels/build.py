@@ -137,7 +137,7 @@ def other_entry(
     request: str,
     symbol: str,
     fingerprint: Callable[[], dict[str, str]],
-    made: tuple[str, str],
+    place: tuple[str, str],
     compile: Callable[[], tuple[str, bytes]],
     check: Callable[[bytes], str],
     cure: str,
@@ -147,7 +147,7 @@ def other_entry(
     Args:
         request: what decides the source.
         fingerprint: of the toolchain. Raises BackendError where there is none.
-        made: target and architecture.
+        place: target and architecture.
         compile: source and binary.
         check: why a binary is not what was asked for; "" if it is.
         cure: what gets one where there is no compiler.
@@ -155,7 +155,7 @@ def other_entry(
     Raises:
         BackendError: there is neither an entry nor a compiler; CompileError: it failed.
     """
-    target, arch = made
+    target, arch = place
 
     def compile_now() -> store.Entry:
         with told(symbol):

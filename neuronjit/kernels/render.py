@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ..language.algebra import add, multiply, negate
 from ..language.calculus import slopes, split_choices
-from ..language.cpp import exact_divisions, fast_divisions, functions, kept_of, to_cpp
+from ..language.cpp import approximate, exact_divisions, functions, kept_of, to_cpp
 from ..language.functions import LIBRARY
 from ..language.parse import plain
 from ..language.tree import Node, Statement, name, needed, number
@@ -36,13 +36,9 @@ def render_specs(specs: Sequence[KernelSpec]) -> str:
 def render_bits(symbol: str, pack: bool, dtype: str, width: int, turns: int) -> str:
     """The source of a CUDA kernel that packs numbers of `width` bits, or unpacks them."""
     row, block = DTYPES[dtype], targets.by_name("cuda").BLOCK
-    text = (
-        _environment()
-        .get_template("bits.cu.j2")
-        .render(
-            symbol=symbol, pack=pack, storage=row.storage, real=row.real, width=width, turns=turns,
-            block=block, word="unsigned" if width <= 4 else "unsigned long long",
-        )
+    text = _environment().get_template("bits.cu.j2").render(
+        symbol=symbol, pack=pack, storage=row.storage, real=row.real, width=width, turns=turns,
+        block=block, word="unsigned" if width <= 4 else "unsigned long long",
     )  # fmt: skip
     return f"{_header('cuda')}{_tidy(text)}"
 
@@ -141,7 +137,7 @@ def _surrogate_functions(spec: KernelSpec) -> list[dict[str, str]]:
     if not spec.spiking and surrogate.primitive_tree:
         functions.append(("smooth_spike_", surrogate.primitive_tree, "the smooth spike"))
     if spec.spiking and spec.direction == "backward":
-        functions.append(("slope_", fast_divisions(surrogate.derivative_tree, ()), "ds/du"))
+        functions.append(("slope_", approximate(surrogate.derivative_tree, ()), "ds/du"))
     comment = f"{surrogate.name}: {{}} at u = h - theta"
     return [dict(name=n, body=to_cpp(t), comment=comment.format(w)) for n, t, w in functions]
 
@@ -311,7 +307,7 @@ def _adjoint(spec: KernelSpec) -> dict[str, Any]:
     kept: list[_Line] = []
     for line in reversed(lines):
         if line.declared is None or line.declared in used:
-            kept.append(_Line(line.before, fast_divisions(line.value, spec.divisors, evaluated)))
+            kept.append(_Line(line.before, approximate(line.value, spec.divisors, evaluated)))
             used |= line.value.names()
     recomputed = [_evaluated(spec, s) for s in needed([s for s, _ in statements], used)]
     return {

@@ -91,7 +91,7 @@ def _signed(node: Node, sign: str) -> Node:
     return node if sign == "+" else Node("neg", (node,))
 
 
-def fast_divisions(
+def approximate(
     node: Node, divisors: Container[str], evaluated: Container[Node] = frozenset()
 ) -> Node:
     """For gradients: products with reciprocals; divisions and sigmoids to the last bit or two.
@@ -101,7 +101,7 @@ def fast_divisions(
     """
     if node.op in COMPARISONS or (is_call(node) and node in evaluated):
         return exact_divisions(node, divisors)
-    args = tuple(fast_divisions(arg, divisors, evaluated) for arg in node.args)
+    args = tuple(approximate(arg, divisors, evaluated) for arg in node.args)
     if node.op == "sigmoid":
         return Node("near_sigmoid", args)
     if node.op != "/":

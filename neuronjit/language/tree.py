@@ -66,7 +66,10 @@ class Statement:
 
 
 def needed(statements: Sequence[Statement], outputs: set[str]) -> list[Statement]:
-    """The statements that `outputs` depend on; compilers warn of the others."""
+    """The statements that `outputs` depend on; compilers warn of the others.
+
+    What add_grad adds is no part of a value: gradients name it where they read it.
+    """
     kept: list[Statement] = []
     wanted = set(outputs)
     for statement in reversed(statements):

@@ -13,7 +13,7 @@ from ..cache.folders import Untrusted
 from ..errors import BackendError, CompileError, MissingKernelError
 from ..kernels import build, targets
 from ..kernels.spec import NAMES
-from ..kernels.targets.base import Grid, debug
+from ..kernels.targets.base import debug
 
 # by the bits of a number: the integer that has as many bytes as a byte has such numbers
 _WORDS = {1: torch.int64, 2: torch.int32, 4: torch.int16, 8: torch.uint8}
@@ -81,9 +81,7 @@ def _ran(pack: bool, flat: Tensor, bits: Tensor, width: int) -> bool:
     kernel = _kernels[key]
     if kernel is None:
         return False
-    cuda: Any = targets.by_name("cuda")
-    grid = Grid(-(-count // (8 * _TURNS * cuda.BLOCK)), 0)
-    kernel.launch(_pack_arguments(numbers, packed, count), grid, count, 1)
+    kernel.launch(_pack_arguments(numbers, packed, count), kernel.grid(count, None), count, 1)
     return True
 
 
@@ -106,6 +104,6 @@ def _loaded(pack: bool, dtype: str, width: int, device: int) -> Any:
         ("cuda", arch),
         compile_now,
         lambda binary: cuda.check(binary, symbol, arch),
-        "there is no compiler",
+        "it is compiled at its first use",
     )
     return cuda.load(entry.binary, symbol, 8 * _TURNS, device)

@@ -239,7 +239,7 @@ INLINE_ float ratio_(float a, float b) {  // of gradients
   return a * r;
 }
 INLINE_ double ratio_(double a, double b) { return a / b; }
-INLINE_ float near_sigmoid_(float a) {  // of gradients: a third of the instructions
+INLINE_ float near_sigmoid_(float a) {  // of gradients: no exact quotient, no branch
   float e, r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(a * -1.44269504f));
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.0f + e));
