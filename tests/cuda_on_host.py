@@ -1,11 +1,11 @@
 """The CUDA kernels run by the host's compiler, one thread after another.
 
-Their ways through steps and lanes are checked so without a GPU. A process of its own, as it
-changes what the library renders.
+Their ways through steps and lanes are checked so without a GPU; and helpers, whose threads wait for
+each other, in threads of the host. A process of its own, as it changes what the library renders.
 
 Usage: python cuda_on_host.py MODEL DTYPE STEPS... (the names of the oracle's models)
        python cuda_on_host.py quotients DTYPE
-       python cuda_on_host.py bits DTYPE
+       python cuda_on_host.py helpers DTYPE
 """
 
 import ctypes
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from support import check, inputs, quotients, starts
 
 from neuronjit.kernels import render, spec
 from neuronjit.kernels.targets import cpu, cuda
+from neuronjit.run import bits, statistics
 
 SHIM = """
 #include <cmath>
@@ -30,12 +32,55 @@ SHIM = """
 #define __shared__ static
 struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
-static struct { unsigned x; } threadIdx, blockDim;
+struct Index { unsigned x; };
 static unsigned __float_as_uint(float a) { unsigned b; memcpy(&b, &a, 4); return b; }
 static float __uint_as_float(unsigned b) { float a; memcpy(&a, &b, 4); return a; }
+"""
+ALONE = """
+static Index threadIdx, blockDim;
 template <typename R> static R __shfl_down_sync(unsigned, R, int) { return R(0); }
 static void __syncthreads() {}
 #define OMP_FOR_
+"""
+# a block's threads, which wait for each other
+TOGETHER = """
+#include <barrier>
+#include <deque>
+#include <thread>
+#define __global__
+#define __launch_bounds__(n)
+static thread_local Index threadIdx;
+static Index blockIdx, blockDim, gridDim;
+static std::deque<std::barrier<>> waits;  // of the block, then of each warp
+static void __syncthreads() { waits[0].arrive_and_wait(); }
+template <typename R> static R __shfl_down_sync(unsigned, R a, int down) {
+  static R all[1024];
+  const unsigned t = threadIdx.x;
+  all[t] = a;
+  waits[1 + t / 32].arrive_and_wait();
+  const R found = t % 32 + down < 32 ? all[t + down] : a;
+  waits[1 + t / 32].arrive_and_wait();
+  return found;
+}
+template <class A>
+static void launch(void (*kernel)(A), const void* packed, int blocks, int threads) {
+  blockDim.x = threads;
+  gridDim.x = blocks;
+  for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+    waits.clear();
+    waits.emplace_back(threads);
+    for (int w = 0; w < threads / 32; ++w) { waits.emplace_back(32); }
+    std::deque<std::jthread> running;
+    for (unsigned t = 0; t < (unsigned)threads; ++t) {
+      running.emplace_back([=] {
+        threadIdx.x = t;
+        kernel(*(const std::remove_cv_t<A>*)packed);
+        waits[1 + t / 32].arrive_and_drop();
+        waits[0].arrive_and_drop();
+      });
+    }
+  }
+}
 """
 STORE_IF = "if (wanted) memcpy((void*)to, &a, sizeof a);"
 # instructions of the GPU that have a word in C++
@@ -55,18 +100,21 @@ WORDS = {
 }
 
 
-def header(templates):
-    """What the CUDA target has, but for `run` and the entry: the host's are a loop over neurons."""
+def header(templates, together=False):
+    """What the CUDA target has, but for `run` and the entry: the host's are a loop over neurons.
+
+    Those, too, for threads that run together.
+    """
     entry = r"template <class M> struct Walk;(?:.*\n)*?{%- endmacro %}\n"
     host = re.search(entry, (templates / "target_cpu.h.j2").read_text())
     text = (templates / "target_cuda.h.j2").read_text()
     assert host
-    text = re.sub(entry, lambda _: host[0], text)
+    text = text if together else re.sub(entry, lambda _: host[0], text)
     for instruction, word in WORDS.items():
         text, count = re.subn(instruction, lambda _, word=word: word, text)
         assert count == 1, instruction
     assert "asm" not in text.replace("#if __CUDA_ARCH__ >= 800\n    asm", ""), "a new instruction"
-    return SHIM + text
+    return SHIM + (TOGETHER if together else ALONE) + text
 
 
 def shape(direction, itemsize, model, sequences, n, steps, aligned):
@@ -85,56 +133,99 @@ def main(model, dtype, *steps):
         cpu.FLAGS = tuple("-O0" if flag == "-O3" else flag for flag in cpu.FLAGS)
         if model == "quotients":
             check_quotients(getattr(torch, dtype))
-        if model == "bits":
-            check_bits(Path(folder), dtype)
+        if model == "helpers":
+            (templates / "target_cuda.h.j2").write_text(header(spec.templates(), together=True))
+            check_helpers(Path(folder), getattr(torch, dtype))
         for t in map(int, steps):
             for n in (5, 12):
                 compare(model, getattr(torch, dtype), t, n)
     print("right")
 
 
-BITS = """
-#define __global__
-#define __launch_bounds__(n)
-static struct { unsigned x; } blockIdx;
-%s
-extern "C" void run(void* numbers, void* bits, long long count, int blocks) {
-  for (blockIdx.x = 0; blockIdx.x < (unsigned)blocks; ++blockIdx.x) {
-    for (threadIdx.x = 0; threadIdx.x < BLOCK; ++threadIdx.x) {
-      kernel({(storage*)numbers, (unsigned char*)bits, count});
-    }
-  }
-}
-"""
+class OnHost(cuda.Kernel):
+    """A helper's kernel in threads of the host, and its grid as on a GPU that runs few blocks."""
+
+    def __init__(self, given, folder):
+        super().__init__(0, given.lanes, 5, 0, None)
+        source = folder / f"{given.symbol}.cpp"
+        run = 'extern "C" void run(const void* packed, int blocks) {'
+        call = f"launch({given.symbol}, packed, blocks, {cuda.BLOCK});"
+        source.write_text(f"{render.render_helper(given)}\n{run} {call} }}\n")
+        library = source.with_suffix(".so")
+        command = ["g++", "-std=c++20", "-pthread", "-shared", "-fPIC", "-w", source, "-o", library]
+        subprocess.run(command, check=True)
+        self._run = ctypes.CDLL(library).run
+
+    def launch(self, packed, grid, n, steps):
+        self._run(packed, grid.blocks)
 
 
-def check_bits(folder, dtype):
+def check_helpers(folder, dtype):
+    @cache
+    def on_host(given, device):
+        return OnHost(given, folder)
+
+    bits.helper = statistics.helper = on_host
+    check_bits(dtype)
+    shapes = [
+        (2, 2, 3, 5, 5),
+        (1, 6, 8, 6, 6),
+        (5, 1, 16, 4),
+        (3, 7, 300),
+        (4, 9, 1, 40),
+        (2, 2, 6),
+    ]
+    for shape in shapes:
+        for last in (False, True):
+            check_statistics(shape, last, dtype)
+    x = torch.randn(4 * 3 * 16 * 8 + 1).to(dtype)[1:].view(4, 3, 16, 8)  # not aligned
+    compare_statistics(x)
+    assert on_host.cache_info().currsize > 10
+
+
+def check_statistics(shape, last, dtype):
+    generator = torch.Generator().manual_seed(len(shape))
+    x = (torch.randn(shape, generator=generator) * 2 + 3).to(dtype)
+    compare_statistics(x.movedim(2, -1).contiguous().movedim(-1, 2) if last else x)
+
+
+def compare_statistics(x):
+    """Against torch's batch norm in float64, with running statistics of all kinds."""
+    real = torch.float64 if x.dtype == torch.float64 else torch.float32
+    near = dict(rtol=1e-12, atol=1e-12) if real == torch.float64 else dict(rtol=2e-5, atol=2e-5)
+    for momentum, track in ((0.1, True), (None, True), (0.3, False)):
+        norm = torch.nn.BatchNorm1d(x.shape[2], momentum=momentum).double()
+        own = [norm.running_mean.to(real), norm.running_var.to(real), norm.num_batches_tracked + 0]
+        running = statistics.Running(*own, momentum) if track else statistics.Running()
+        for batch in range(3):
+            now = x + batch if batch else x
+            flat = now.double().movedim(2, 0).flatten(1)
+            norm(flat.t())
+            mean, invstd = statistics._Statistics(now).run(now, norm.eps, running)
+            want = torch.var_mean(flat, 1, correction=0)
+            assert mean.shape == invstd.shape == (1, x.shape[2], *(1,) * (x.dim() - 3))
+            torch.testing.assert_close(mean.flatten().double(), want[1], **near)
+            torch.testing.assert_close(
+                invstd.flatten().double(), (want[0] + norm.eps).rsqrt(), **near
+            )
+        if track:
+            for got, wanted in zip(own, norm.buffers(), strict=True):
+                torch.testing.assert_close(got.double(), wanted.double(), **near)
+
+
+def check_bits(dtype):
     """Numbers of few bits, packed and unpacked, against whole numbers of Python."""
-    render._header = lambda target: render._environment().get_template(
-        "target_cpu.h.j2"
-    ).make_module(dict(block=cuda.BLOCK, library=render.LIBRARY))  # fmt: skip
-    turns = 4
-    for width in (1, 2, 4, 8):
-        run = {}
-        for pack in (True, False):
-            source = folder / f"bits_{width}_{pack}.cpp"
-            source.write_text(BITS % render.render_bits("kernel", pack, dtype, width, turns))
-            library = source.with_suffix(".so")
-            command = ["g++", "-std=c++20", "-shared", "-fPIC", "-w", source, "-o", library]
-            subprocess.run(command, check=True)
-            run[pack] = ctypes.CDLL(library).run
-            run[pack].argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int]
+    for width in bits.WIDTHS:
         for count in (*range(1, 20), 4095, 4096, 4097, 9003):
             numbers = torch.randint(0, 1 << width, (count,))
             whole = sum(number << (width * i) for i, number in enumerate(numbers.tolist()))
             size = -(-count * width // 8)
-            blocks = -(-count // (8 * turns * cuda.BLOCK))
-            flat = numbers.to(getattr(torch, dtype))
-            bits = torch.full((size,), 255, dtype=torch.uint8)
-            run[True](flat.data_ptr(), bits.data_ptr(), count, blocks)
-            assert bytes(bits.tolist()) == whole.to_bytes(size, "little"), (width, count)
+            flat = numbers.to(dtype)
+            packed = torch.full((size,), 255, dtype=torch.uint8)
+            assert bits._ran(True, flat, packed, width)
+            assert bytes(packed.tolist()) == whole.to_bytes(size, "little"), (width, count)
             back = torch.full_like(flat, -1)
-            run[False](back.data_ptr(), bits.data_ptr(), count, blocks)
+            assert bits._ran(False, back, packed, width)
             assert torch.equal(back, flat), (width, count)
 
 

@@ -22,19 +22,16 @@ from torch import Tensor
 import neuronjit as nj
 from neuronjit.cache import admin
 from neuronjit.nn import batch_norm
-from neuronjit.run import front_end, normed
-from neuronjit.run.normed import statistics
+from neuronjit.run import front_end
 from neuronjit.run.plan import plans
 
 
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("NEURONJIT_FRONT_END", "compiled")
-    for kept in (plans, statistics):
-        kept.clear()
+    plans.clear()
     yield
-    for kept in (plans, statistics):
-        kept.clear()
+    plans.clear()
 
 
 def in_cpp(tensor: Tensor) -> bool:
@@ -142,7 +139,6 @@ def test_a_batch_norm_in_two_passes(
 ) -> None:
     """Against torch's batch norm and autograd of an IF neuron that never resets nor rounds."""
     monkeypatch.setattr(batch_norm, "_pays", lambda x: True)
-    monkeypatch.setattr(normed, "_one_pass", lambda x: True)
     torch.manual_seed(0)
     norms = [torch.nn.BatchNorm2d(6).to(device, torch.float64) for _ in range(2)]
     integrate = nj.NeuronModel("integrate", "v = v + x\nh = v\ny = v * v", state=dict(v=0.0))

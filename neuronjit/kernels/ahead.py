@@ -15,10 +15,11 @@ from ..cache import store
 from ..errors import NeuronJitError, SpecError
 from ..surrogates import as_surrogate
 from . import build, targets
+from .helpers import HelperSpec, Spec
 from .spec import DIRECTIONS, DTYPES, KernelSpec, in_order
 from .targets import TARGETS
 
-Job = tuple[KernelSpec, str]  # with the architecture to compile for
+Job = tuple[Spec, str]  # with the architecture to compile for
 
 
 def jobs(
@@ -52,7 +53,10 @@ def jobs(
         for target in asked or [spec.target]:
             same = target == spec.target
             places = named[target] or ([arch] if same else here(target))
-            specs = [spec] if same else every_shape(spec, target)
+            if isinstance(spec, HelperSpec):  # other targets have none
+                specs: Sequence[Spec] = [spec] if same else []
+            else:
+                specs = [spec] if same else every_shape(spec, target)
             found.update(dict.fromkeys(itertools.product(specs, places)))
     for target in asked or ["cuda" if torch.cuda.is_available() else "cpu"]:
         if specs := list(chosen(target)):

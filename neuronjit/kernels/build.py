@@ -10,13 +10,15 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..cache import store
-from ..errors import BackendError, MissingKernelError
+from ..cache.folders import Untrusted
+from ..errors import BackendError, CompileError, MissingKernelError
 from ..settings import no_compile
+from ..torch_private import capturing
 from . import manifest, spec, targets
-from .render import render_specs
-from .spec import KernelSpec
+from .helpers import HelperSpec, Spec
+from .render import render_helper, render_specs
 from .targets import TARGETS
-from .targets.base import Kernel, Target
+from .targets.base import Kernel, Target, debug
 
 if TYPE_CHECKING:  # each module is a target: so mypy compares its functions with them
     from .targets import cpu, cuda
@@ -26,7 +28,8 @@ if TYPE_CHECKING:  # each module is a target: so mypy compares its functions wit
 TELL_AFTER_S = 5.0  # of compiling
 Used = TypeVar("Used")
 _log = logging.getLogger("neuronjit")
-_kernels: dict[tuple[KernelSpec, int], Kernel] = {}
+_kernels: dict[tuple[Spec, int], Kernel] = {}
+_helpers: dict[tuple[HelperSpec, int], Kernel | None] = {}
 _lock = threading.Lock()
 _counts = {"compiled": 0, "loaded": 0}
 
@@ -36,7 +39,7 @@ def stats() -> dict[str, int]:
     return dict(_counts)
 
 
-def load_kernel(spec: KernelSpec, device: int = 0) -> Kernel:
+def load_kernel(spec: Spec, device: int = 0) -> Kernel:
     """The kernel of `spec` on CUDA device `device` (ignored on the CPU), ready to launch.
 
     Raises:
@@ -61,7 +64,21 @@ def load_kernel(spec: KernelSpec, device: int = 0) -> Kernel:
     return kernel
 
 
-def entry(spec: KernelSpec, arch: str) -> store.Entry:
+def helper(spec: HelperSpec, device: int) -> Kernel | None:
+    """The kernel, or None where there is none to be had, and torch's operations do its work."""
+    key = spec, device
+    if key not in _helpers:
+        try:
+            _helpers[key] = load_kernel(spec, device)
+        except (BackendError, CompileError, Untrusted) as error:
+            if isinstance(error, MissingKernelError) and capturing():
+                return None  # a graph is being captured, which loading would end: the next call may
+            debug(f"torch's operations take the place of a kernel: {error}")
+            _helpers[key] = None
+    return _helpers[key]
+
+
+def entry(spec: Spec, arch: str) -> store.Entry:
     """The cache's entry for `spec` on `arch`, compiled if it is not there. Needs no device."""
     with _troubles_named(spec):
         target = targets.by_name(spec.target)
@@ -74,7 +91,7 @@ def entry(spec: KernelSpec, arch: str) -> store.Entry:
 
 
 @contextmanager
-def _troubles_named(spec: KernelSpec) -> Iterator[None]:
+def _troubles_named(spec: Spec) -> Iterator[None]:
     """BackendError for what the machine lacks (memory, descriptors, disk): `auto` goes on without.
 
     Much of the standard library and of our own stands below, and may need a file.
@@ -86,7 +103,7 @@ def _troubles_named(spec: KernelSpec) -> Iterator[None]:
         raise BackendError(f"this machine gives no kernel: {what}\nkernel {spec.symbol}") from error
 
 
-def _obtain(spec: KernelSpec, arch: str, use: Callable[[bytes], Used]) -> tuple[store.Entry, Used]:
+def _obtain(spec: Spec, arch: str, use: Callable[[bytes], Used]) -> tuple[store.Entry, Used]:
     """The entry and what `use` makes of its binary; compiled where there is none that it takes.
 
     Only what `use` has taken is published: it raises BackendError for a binary that is none.
@@ -105,7 +122,7 @@ def _obtain(spec: KernelSpec, arch: str, use: Callable[[bytes], Used]) -> tuple[
     def compile_now() -> store.Entry:
         nonlocal compiled
         compiled = True
-        text = render_specs([spec])
+        text = render_helper(spec) if isinstance(spec, HelperSpec) else render_specs([spec])
         with told(f"kernel {spec.symbol}"):
             binary = target.compile(text, spec.symbol, arch, spec.is_large)
         used[:] = [use(binary)]
@@ -142,7 +159,7 @@ def other_entry(
     check: Callable[[bytes], str],
     cure: str,
 ) -> store.Entry:
-    """The cache's entry for what is no neuron's kernel, compiled if it is not there.
+    """The cache's entry for what is no kernel, compiled if it is not there.
 
     Args:
         request: what decides the source.
@@ -194,7 +211,7 @@ def told(what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _find(spec: KernelSpec, arch: str) -> store.Entry | None:
+def _find(spec: Spec, arch: str) -> store.Entry | None:
     archs = targets.by_name(spec.target).serving(arch)
     found = (store.find(spec.request, spec.target, other) for other in archs)
     return next(filter(None, found), None)
@@ -215,17 +232,18 @@ def version() -> str:
     return f"{package.__version__}+{spec._renderer()[:12]}"
 
 
-def _meta(spec: KernelSpec, arch: str, fingerprint: dict[str, str]) -> dict[str, Any]:
-    return {
+def _meta(spec: Spec, arch: str, fingerprint: dict[str, str]) -> dict[str, Any]:
+    meta = {
         "symbol": spec.symbol,
         "request": spec.request,
         "target": spec.target,
         "arch": arch,
         "fingerprint": fingerprint,
         "versions": {"neuronjit": version()},
-        "model": spec.model.name,
-        "direction": spec.direction,
         "dtype": spec.dtype,
-        "reset": spec.reset,
-        "surrogate": spec.surrogate.name if spec.surrogate else None,
     }
+    if isinstance(spec, HelperSpec):
+        return meta
+    surrogate = spec.surrogate.name if spec.surrogate else None
+    own = {"direction": spec.direction, "reset": spec.reset, "surrogate": surrogate}
+    return {**meta, "model": spec.model.name, **own}

@@ -22,6 +22,7 @@ from ..models.model import NeuronModel
 from ..models.surrogate import Surrogate
 from ..settings import warn_once
 from . import targets
+from .helpers import HelperSpec, Spec
 from .spec import KernelSpec
 
 MAX_BYTES = 64 << 20  # of a manifest: 100,000 kernels and more
@@ -29,7 +30,7 @@ MAX_BYTES = 64 << 20  # of a manifest: 100,000 kernels and more
 _recorded: dict[str, tuple[tuple[int, int], int, frozenset[bytes]]] = {}
 
 
-def record(spec: KernelSpec, arch: str) -> None:
+def record(spec: Spec, arch: str) -> None:
     """Adds the kernel to the file NEURONJIT_RECORD, if that is set. Trouble costs a warning."""
     path = settings.record()
     if not path:
@@ -59,7 +60,7 @@ def _at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
-def read(path: str) -> list[tuple[KernelSpec, str]]:
+def read(path: str) -> list[tuple[Spec, str]]:
     """The kernels of a manifest, each once, with the architecture it was recorded on.
 
     Raises SpecError, which names the line, and OSError.
@@ -68,7 +69,7 @@ def read(path: str) -> list[tuple[KernelSpec, str]]:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise SpecError(f"{path!r} is larger than {MAX_BYTES} bytes; it is no manifest")
-    found: dict[tuple[KernelSpec, str], None] = {}
+    found: dict[tuple[Spec, str], None] = {}
     for number, line in enumerate(data.splitlines(), 1):
         if line.strip():
             try:
@@ -87,42 +88,48 @@ def read(path: str) -> list[tuple[KernelSpec, str]]:
 _IN_JSON = {"str": str, "bool": bool, "int": int, "tuple[str, ...]": list}
 
 
-def to_json(spec: KernelSpec) -> dict[str, Any]:
+def to_json(spec: Spec) -> dict[str, Any]:
     """The spec as JSON. Built-in models and surrogates by name, others in full."""
-    data: dict[str, Any] = {f.name: getattr(spec, f.name) for f in fields(KernelSpec)}
+    data: dict[str, Any] = {f.name: getattr(spec, f.name) for f in fields(spec)}
     for field, by_name in (("model", neurons.by_name), ("surrogate", surrogates.by_name)):
-        if given := data[field]:
+        if given := data.get(field):
             data[field] = given.name if _is_built_in(by_name, given) else given.to_dict()
     return data
 
 
-def from_json(data: Mapping[str, Any]) -> KernelSpec:
+def from_json(data: Mapping[str, Any]) -> Spec:
     """The spec that `to_json` described. Raises SpecError or InputTypeError for anything else.
 
     Types are checked here, because JSON brings any; all rules of a spec are KernelSpec's own.
     """
-    kinds = {f.name: _IN_JSON.get(str(f.type), type(data.get(f.name))) for f in fields(KernelSpec)}
+    made = HelperSpec if "helper" in data else KernelSpec
+    kinds = {f.name: _IN_JSON.get(str(f.type), type(data.get(f.name))) for f in fields(made)}
     given = expect_fields(data, kinds, "a kernel")
+    if made is HelperSpec:
+        return HelperSpec(**given)
     lists = {field: tuple(given[field]) for field, kind in kinds.items() if kind is list}
     whole = {"model": _model(given["model"]), "surrogate": _surrogate(given["surrogate"])}
     return KernelSpec(**{**given, **lists, **whole})
 
 
-def command(spec: KernelSpec, arch: str) -> str:
+def command(spec: Spec, arch: str) -> str:
     """The command that builds this kernel ahead."""
     place = f"--target {spec.target} --arch {arch}"
+    recorded = "NEURONJIT_RECORD=kernels.jsonl python ... && "
+    recorded += f"neuronjit-cache prebuild --manifest kernels.jsonl {place}"
+    if isinstance(spec, HelperSpec):
+        return recorded
     own = not _is_built_in(neurons.by_name, spec.model)
     if own or (spec.surrogate and not _is_built_in(surrogates.by_name, spec.surrogate)):
-        record = "NEURONJIT_RECORD=kernels.jsonl python ... && "  # equations are in no command line
-        return f"{record}neuronjit-cache prebuild --manifest kernels.jsonl {place}"
-    recorded = [name for name in spec.sequences if name != "s"]
+        return recorded  # equations are in no command line
+    sequences = [name for name in spec.sequences if name != "s"]
     words = ["--neuron", spec.model.name, "--dtype", spec.dtype]
     words += ["--reset", spec.reset] if spec.reset != "own" else []
     words += ["--surrogate", spec.surrogate.name] if spec.surrogate else []
     words += ["--smooth"] if not spec.spiking else []
     words += ["--detach-reset"] if spec.detach_reset else []
     for flag, names in (
-        ("record", recorded),
+        ("record", sequences),
         ("learn", spec.learned),
         ("per-neuron", spec.per_neuron),
         ("per-step", spec.per_step),

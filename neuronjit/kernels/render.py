@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cache, reduce
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from ..language.parse import plain
 from ..language.tree import Node, Statement, name, needed, number
 from ..models.block import RESETS, program
 from . import targets
+from .helpers import HelperSpec
 from .spec import DTYPES, KernelSpec, templates
 
 WIDTH = 120  # of a rendered line
@@ -33,14 +35,14 @@ def render_specs(specs: Sequence[KernelSpec]) -> str:
     return "\n".join([f"{header}{walk}", *map(_tidy, texts)])
 
 
-def render_bits(symbol: str, pack: bool, dtype: str, width: int, turns: int) -> str:
-    """The source of a CUDA kernel that packs numbers of `width` bits, or unpacks them."""
-    row, block = DTYPES[dtype], targets.by_name("cuda").BLOCK
-    text = _environment().get_template("bits.cu.j2").render(
-        symbol=symbol, pack=pack, storage=row.storage, real=row.real, width=width, turns=turns,
-        block=block, word="unsigned" if width <= 4 else "unsigned long long",
+def render_helper(spec: HelperSpec) -> str:
+    """The source of a kernel that is no neuron's."""
+    row, header = DTYPES[spec.dtype], _header(spec.target)
+    text = _environment().get_template(spec.template).render(
+        asdict(spec), symbol=spec.symbol, storage=row.storage, real=row.real, entry=header.entry,
+        block=targets.by_name(spec.target).BLOCK,
     )  # fmt: skip
-    return f"{_header('cuda')}{_tidy(text)}"
+    return f"{header}{_tidy(text)}"
 
 
 def _header(target: str) -> Any:

@@ -17,7 +17,8 @@ from ..models.model import NeuronModel
 from ..run import checks
 from ..run.autograd import multistep
 from ..run.call import Output
-from ..run.normed import batch_statistics, multistep_normed, why_not
+from ..run.normed import multistep_normed, why_not
+from ..run.statistics import Running, batch_statistics
 from ..torch_private import current_backward, has_hooks
 from .neuron import Neuron
 from .pairs import has_forward, preceding
@@ -205,16 +206,12 @@ class Norm:
             raise SpecError(
                 f"a batch norm in training needs more than one value a channel, got {list(x.shape)}"
             )
-        running, momentum = None, norm.momentum
-        with torch.no_grad():
-            if norm.training and norm.track_running_stats:
-                if norm.num_batches_tracked is not None:
-                    norm.num_batches_tracked.add_(1)
-                    if momentum is None:
-                        momentum = 1.0 / float(norm.num_batches_tracked)
-                if norm.running_mean is not None:
-                    running = norm.running_mean, norm.running_var
-            mean, invstd = batch_statistics(x, norm.eps, running, momentum or 0.0, backend)
+        running = Running()
+        if norm.training and norm.track_running_stats:
+            running = Running(
+                norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum
+            )
+        mean, invstd = batch_statistics(x, norm.eps, running, backend)
         return mean, invstd, norm.eps
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import struct
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cache.folders import Untrusted
-from ..errors import BackendError, CompileError, MissingKernelError
-from ..kernels import build, targets
+from ..kernels.build import helper
+from ..kernels.helpers import HelperSpec
 from ..kernels.spec import NAMES
-from ..kernels.targets.base import debug
 
 # by the bits of a number: the integer that has as many bytes as a byte has such numbers
 _WORDS = {1: torch.int64, 2: torch.int32, 4: torch.int16, 8: torch.uint8}
 WIDTHS = tuple(_WORDS)
-_TURNS = 4  # groups of eight numbers that a thread loads together
 _pack_arguments = struct.Struct("@QQq").pack  # as templates/bits.cu.j2 has them
 
 
@@ -56,11 +51,6 @@ def unpack_bits(bits: Tensor, dtype: torch.dtype, width: int = 1) -> Tensor:
     return table.index_select(0, bits.int()).view(-1)
 
 
-# --- on a GPU -------------------------------------------------------------------------------------
-
-_kernels: dict[tuple[bool, str, int, int], Any] = {}  # None where there is none to be had
-
-
 def _ran(pack: bool, flat: Tensor, bits: Tensor, width: int) -> bool:
     """Whether a kernel was queued that does it; it reads and writes whole words."""
     count = flat.numel()
@@ -69,41 +59,9 @@ def _ran(pack: bool, flat: Tensor, bits: Tensor, width: int) -> bool:
     numbers, packed = flat.data_ptr(), bits.data_ptr()
     if numbers & 15 or packed & (width - 1) or not flat.is_contiguous():
         return False
-    key = (pack, NAMES[flat.dtype], width, flat.device.index)
-    if key not in _kernels:
-        try:
-            _kernels[key] = _loaded(*key)
-        except MissingKernelError:
-            return False  # a graph is being captured, which loading would end
-        except (BackendError, CompileError, OSError, ImportError, MemoryError, Untrusted) as error:
-            debug(f"bits are packed by torch's operations: {error}")
-            _kernels[key] = None
-    kernel = _kernels[key]
+    spec = HelperSpec("pack" if pack else "unpack", NAMES[flat.dtype], width, 32)
+    kernel = helper(spec, flat.device.index)
     if kernel is None:
         return False
     kernel.launch(_pack_arguments(numbers, packed, count), kernel.grid(count, None), count, 1)
     return True
-
-
-def _loaded(pack: bool, dtype: str, width: int, device: int) -> Any:
-    cuda: Any = targets.by_name("cuda")
-    arch = cuda.arch(device)
-    symbol = f"{'pack' if pack else 'unpack'}_{dtype}_{width}"
-
-    def compile_now() -> tuple[str, bytes]:
-        from ..kernels.render import render_bits  # not where the cache has it
-
-        source = render_bits(symbol, pack, dtype, width, _TURNS)
-        return source, cuda.compile(source, symbol, arch)
-
-    cuda.check_loadable(symbol)
-    entry = build.other_entry(
-        json.dumps({"bits": [symbol, _TURNS, build.version()]}),
-        symbol,
-        lambda: cuda.fingerprint(arch),
-        ("cuda", arch),
-        compile_now,
-        lambda binary: cuda.check(binary, symbol, arch),
-        "it is compiled at its first use",
-    )
-    return cuda.load(entry.binary, symbol, 8 * _TURNS, device)

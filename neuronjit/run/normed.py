@@ -21,12 +21,12 @@ from .. import settings
 from ..errors import BackendError, CompileError, SpecError
 from ..language.parse import plain
 from ..models.model import NeuronModel
-from ..surrogates import StraightThrough
 from ..torch_private import tracing, transformed
-from . import checks, packed
+from . import packed
 from .autograd import apply, find, multistep
-from .call import Output, signature
-from .plan import Gradients, KernelPlan, backward, fall_back, keep, output
+from .call import Output
+from .plan import Gradients, KernelPlan, backward, fall_back, output
+from .statistics import by_channel, moments
 
 _NORMED = """
 norm_scale = norm_invstd * norm_weight
@@ -35,43 +35,6 @@ norm_x = (add_grad(x, norm_through * norm_scale * norm_share) - norm_mean) * nor
 """
 _AFFINE = ("norm_mean", "norm_invstd", "norm_weight", "norm_bias")
 _SUMS = ("norm_sum", "norm_sum_scaled")
-
-
-@cache
-def _moments_model() -> NeuronModel:
-    """Its gradients by first and second are the sums over x - shift and its square."""
-    return NeuronModel(
-        "moments",
-        """
-        a = add_grad(first, x - shift)
-        b = add_grad(second, (x - shift)**2)
-        h = v
-        v = h
-        """,
-        state=dict(v=0.0),
-        params=dict(shift=0.0, first=0.0, second=0.0),
-    )
-
-
-@cache
-def _update_model() -> NeuronModel:
-    """What a batch norm makes of the sums over each channel, a neuron a channel."""
-    return NeuronModel(
-        "batch_norm_update",
-        """
-        offset = x * share
-        mean = shift + offset
-        var = maximum(second * share - offset * offset, 0)
-        invstd = 1 / sqrt(var + eps)
-        new_mean = old_mean + (mean - old_mean) * momentum
-        new_var = old_var + (var * unbiased - old_var) * momentum
-        h = v
-        v = h
-        """,
-        state=dict(v=0.0),
-        params=dict(share=1.0, eps=1e-5, unbiased=1.0, momentum=0.1),
-        inputs=("x", "second", "shift", "old_mean", "old_var"),
-    )
 
 
 def why_not(model: NeuronModel, residual: str | None) -> str:
@@ -108,125 +71,6 @@ def normed(model: NeuronModel, residual: str | None) -> NeuronModel:
     )
 
 
-def batch_statistics(
-    x: Tensor,
-    eps: float,
-    running: tuple[Tensor, Tensor] | None,
-    momentum: float,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(variance + eps) of each channel of `[T, N, C, *]`, as `[1, C, *]`.
-
-    The running mean and (unbiased) variance, where there are any, are brought on in place.
-    """
-    x = x.detach()
-    if _one_pass(x):
-        backend = backend or settings.backend()
-        old = () if running is None else (signature(running[0]), signature(running[1]))
-        key = (signature(x), eps, momentum, backend, old)
-        kept = statistics.get(key) or keep(
-            statistics, key, _Statistics(x, eps, running, momentum, backend)
-        )
-        if (found := kept.run(x, running)) is not None:
-            return found
-    mean, var = _moments(x.flatten(0, 1))
-    if running is not None:
-        count = x.numel() // x.shape[2]
-        unbiased = var * (count / max(count - 1, 1))
-        running[0].lerp_(mean.to(running[0]), momentum)
-        running[1].lerp_(unbiased.to(running[1]), momentum)
-    sizes = _by_channel(x)
-    return mean.view(sizes), torch.rsqrt(var + eps).view(sizes)
-
-
-def _one_pass(x: Tensor) -> bool:
-    """Whether our kernel is faster than torch.var_mean, which takes 3 to 18 passes on a GPU."""
-    return x.is_cuda
-
-
-def _by_channel(x: Tensor) -> tuple[int, ...]:
-    """The shape in which a number for each channel of `[T, N, C, *]` broadcasts to a step."""
-    return (1, x.shape[2], *(1 for _ in x.shape[3:]))
-
-
-class _Statistics:
-    """The plans of a batch's statistics: one pass for the sums over each channel, then the rest."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        eps: float,
-        running: tuple[Tensor, Tensor] | None,
-        momentum: float,
-        backend: str,
-    ) -> None:
-        frames, count = x.shape[0] * x.shape[1], x.numel() // x.shape[2]
-        steps = next(n for n in (4, 2, 1) if not frames % n)  # read together by a thread
-        self._shape = (steps, frames // steps, *x.shape[2:])
-        self._real, self._by_channel = checks.arithmetic(x.dtype), _by_channel(x)
-        shift = self._one_of_each(x)
-        old_mean, old_var = self._old(running) or (shift, shift)
-
-        def plan(model: NeuronModel, x: Tensor, record: tuple[str, ...], **given: Any) -> Any:
-            return find(
-                model, x, {}, StraightThrough, "hard", False, record, False, backend, given
-            )[0]
-
-        own = dict(shift=shift, first=shift, second=shift)  # the last two are not read
-        self._plans = (
-            plan(_moments_model(), x.reshape(self._shape), (), **own),
-            plan(
-                _update_model(), shift, ("mean", "invstd", "new_mean", "new_var"), second=shift,
-                shift=shift, old_mean=old_mean, old_var=old_var, share=1 / count, eps=eps,
-                unbiased=count / max(count - 1, 1), momentum=momentum,
-            ),
-        )  # fmt: skip
-        self._here = all(isinstance(plan, KernelPlan) for plan in self._plans)
-
-    def run(self, x: Tensor, running: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
-        """As `batch_statistics`; None where no kernel is to be had."""
-        if not self._here:
-            return None
-        moments, update = self._plans
-        shift = self._one_of_each(x)
-        own, wanted = (shift, shift, shift), (False, False, True, True)
-        try:
-            sums = moments.backward(x.reshape(self._shape), None, own, (None,), wanted)
-            _, _, first, second = sums
-            old = self._old(running) or (shift, second)
-            made = apply(update, first, (second, shift, *old))
-        except (BackendError, CompileError) as error:
-            for plan in self._plans:
-                fall_back(plan, error)
-            self._here = False
-            return None
-        _, mean, invstd, *new = made
-        if running is not None:
-            torch._foreach_copy_(old, new)
-        return mean, invstd
-
-    def _one_of_each(self, x: Tensor) -> Tensor:
-        """The first x of each channel: sums are about it."""
-        stride = [1] * len(self._by_channel)
-        stride[1] = x.stride(2)
-        return x.as_strided(self._by_channel, stride).to(self._real).contiguous()
-
-    def _old(self, running: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
-        if running is None:
-            return None
-        return running[0].view(self._by_channel), running[1].view(self._by_channel)
-
-
-statistics: dict[tuple[Any, ...], _Statistics] = {}
-
-
-def _moments(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel."""
-    over = (0, *range(2, flat.dim()))
-    var, mean = torch.var_mean(flat.to(checks.arithmetic(flat.dtype)), over, correction=0)
-    return mean, var
-
-
 def multistep_normed(
     model: NeuronModel,
     x: Tensor,
@@ -258,7 +102,7 @@ def multistep_normed(
         As `multistep`.
     """
     backend = backend or settings.backend()
-    sizes = _by_channel(x)
+    sizes = by_channel(x)
     ones = torch.ones_like(mean) if weight is None else weight
     zeros = torch.zeros_like(mean) if bias is None else bias
     channels = [t if t.shape == sizes else t.reshape(sizes) for t in (mean, invstd, ones, zeros)]
@@ -298,7 +142,7 @@ def _followed(
     own: NeuronModel, x: Tensor, state: Any, eps: float, asked: dict[str, Any], given: Any
 ) -> Output:
     """The same, where autograd follows the statistics back to x."""
-    mean, var = _moments(x.flatten(0, 1))
+    mean, var = moments(x.flatten(0, 1))
     sizes = given["norm_mean"].shape
     own_stats = dict(
         norm_mean=mean.reshape(sizes), norm_invstd=torch.rsqrt(var + eps).reshape(sizes)
