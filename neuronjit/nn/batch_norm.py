@@ -24,7 +24,7 @@ from .neuron import Neuron
 from .pairs import has_forward, preceding
 
 # bytes of x_seq: below, a GPU takes longer for the launches that a fused batch norm has more
-FUSED_FROM = 1 << 24
+FUSED_FROM = 12 << 20
 # whose forward is torch's, but that time may be folded into the batch: SpikingJelly's, and ours for
 # its old scripts
 _FORWARDS = (
