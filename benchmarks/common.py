@@ -55,6 +55,7 @@ class Run:
         self.device, self.args, self.tags = device, args, tags
         self.peers = args.peers.split(",")
         self.machine: Row = {}
+        self.measured = ""  # when, and of which version
         self.turn = 0  # rows of one turn were measured side by side: only those are compared
         self.rows: list[Row] = []
         self.notes: list[str] = []

@@ -1,7 +1,7 @@
 """Whole training steps of networks: SpikingJelly's neurons (or snnTorch's, Norse's), ours, none.
 
     python benchmarks/networks.py               # a GPU, full sizes: 8 minutes on an H100
-    python benchmarks/networks.py --modes compile,compile-plain,overhead --only SEW-ResNet-18
+    python benchmarks/networks.py --add --modes eager,graph,overhead,compile --only SEW-ResNet-18
     python benchmarks/networks.py --small       # reduced sizes, on a CPU too: does it run?
 
 A step is reset, forward, loss, backward and SGD, by autocast in half precision. All that is
@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import gc
 import importlib.util
 import inspect
+import json
 import math
 import os
 import sys
@@ -35,6 +37,7 @@ from tables import markdown
 from torch import Tensor, nn
 
 import neuronjit as nj
+from neuronjit.kernels import build
 
 RESULTS = Path(__file__).parent / "results"
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -65,7 +68,7 @@ WHOSE = {
 }
 OURS = ("neuronjit", "fused", "packed", "stepped")
 PEERS = ("spikingjelly", "tuned", "snntorch", "norse")
-COMPILE = ("neuronjit", "tuned", "none", "spikingjelly", "stepped", "norse", "snntorch")
+COMPILE = ("fused", "neuronjit", "tuned", "none", "spikingjelly", "stepped", "norse", "snntorch")
 # whose neurons there are in networks of each library's layers; a library's own come first
 LIBRARIES = {
     "spikingjelly": ("spikingjelly", "tuned", "neuronjit", "fused", "packed", "none"),
@@ -473,7 +476,8 @@ class Turn:
             error = row["loss_error"] = self.loss_error(whose, mode)
             if error is not None and error > (0.2 if self.dtype in HALF else 0.01):
                 run.note(f"{self}, {name}: losses of three steps differ by up to {error:.0%}")
-            run.rows.append({"turn": run.turn, **where, "whose": whose, "mode": mode, **row})
+            which = {"turn": run.turn, "measured": run.measured, **where}
+            run.rows.append({**which, "whose": whose, "mode": mode, **row})
             print(f"{self}, {name}: {row['ms']:.2f} ms, first {row['first_s']:.1f} s", flush=True)
         run.turn += 1
 
@@ -507,17 +511,17 @@ def turns(args: argparse.Namespace, device: str) -> Iterator[Turn]:
     order += [(name, "float32", "channels_last") for name in images]
     rest = [(name, "bfloat16", layout) for name in names for layout in NETWORKS[name].layouts]
     rest = sorted(rest, key=lambda turn: turn[2] == "NCHW")
-    if quick:
-        yield from (Turn(*turn, quick) for turn in order)
-    if slow:
-        yield from (Turn(*turn, quick + slow) for turn in order[:1])
-    if quick:
-        yield from (Turn(*turn, quick) for turn in rest)
-    if slow:
-        yield from (Turn(*turn, quick + slow) for turn in order[1:])
+    yield from (Turn(*turn, quick + slow) for turn in order + rest)
 
 
 # --- what is written ------------------------------------------------------------------------------
+
+
+def place(row: Row) -> tuple[int, ...]:
+    """Where a row stands in the tables: by network, then by dtype and layout."""
+    dtypes, layouts = ["float16", "float32", "bfloat16"], ["channels_last", "", "NCHW"]
+    kinds = dtypes.index(row["dtype"]), layouts.index(row["layout"])
+    return ([*NETWORKS].index(row["network"]), *kinds, row["turn"])
 
 
 def label(row: Row) -> str:
@@ -609,8 +613,16 @@ def page(run: Run, machine: Row) -> str:
     for mode in MODES:
         if rows := [row for row in run.rows if row["mode"] == mode]:
             parts += [f"{mode}:", table(rows, "first_s", "{:.1f}")]
+    parts += ["## When rows were measured", *measured(run.rows)]
     parts += ["## Notes", "\n".join(f"- {note}" for note in run.notes) or "None."]
     return "\n\n".join(parts) + "\n"
+
+
+def measured(rows: list[Row]) -> Iterator[str]:
+    """The runs that rows are of: what stands in different rows is not compared."""
+    for when in dict.fromkeys(row["measured"] for row in rows):
+        found = dict.fromkeys(label(row) for row in rows if row["measured"] == when)
+        yield f"{when}: {'; '.join(found)}."
 
 
 def plot(rows: list[Row], path: Path, title: str) -> None:
@@ -656,7 +668,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the files")
     parser.add_argument("--only", default=",".join(NETWORKS), help="networks")
-    parser.add_argument("--modes", help=f"of {','.join(MODES)}; on a CPU eager, else all")
+    parser.add_argument("--modes", help=f"of {','.join(MODES)}; on a CPU eager, else eager,graph")
+    parser.add_argument("--add", action="store_true", help="to the results that the folder has")
     parser.add_argument("--small", action="store_true", help="reduced sizes: does it run?")
     parser.add_argument(
         "--seconds", type=float, help="prepare no step after these; 420, or 60 if small"
@@ -666,7 +679,7 @@ def arguments() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     if not cuda and not args.small:
         parser.error("no CUDA device; these networks are too large for a CPU without --small")
-    args.modes = args.modes or (",".join(MODES) if cuda else "eager")
+    args.modes = args.modes or ("eager,graph" if cuda else "eager")
     for given, known in ((args.only, NETWORKS), (args.modes, MODES)):
         if unknown := set(given.split(",")) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}. Known: {','.join(known)}")
@@ -681,6 +694,11 @@ def main() -> None:
     args = arguments()
     spikingjelly()  # without it there is nothing to measure
     run = Run("cuda" if torch.cuda.is_available() else "cpu", args)
+    run.measured = f"{datetime.date.today()}, neuronjit {build.version()}"
+    if args.add:
+        earlier = json.loads((args.out / "networks.json").read_text())
+        run.rows, run.notes = earlier["rows"], earlier["notes"]
+        run.turn = 1 + max(row["turn"] for row in run.rows)
     if run.device == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs are captured on it
     torch._dynamo.config.recompile_limit = 64  # all variants of a network share one forward
@@ -699,6 +717,7 @@ def main() -> None:
             gc.collect()
             if run.device == "cuda":
                 torch.cuda.empty_cache()
+            run.rows.sort(key=place)
             text = page(run, save(run, "networks"))
             (args.out / "networks.md").write_text(text)
     print(text)

@@ -626,64 +626,82 @@ def test_without_kernels() -> None:
     torch.testing.assert_close(*found)
 
 
-def test_in_a_graph() -> None:
-    for train in (True, False):
-        net = nj.nn.NormedNeuron(norm_of((4, 3, 6)), nj.nn.LIF(surrogate=SMOOTH)).train(train)
+GRAPHS = [
+    dict(), dict(residual="before"), dict(residual="after"), dict(train=False, residual="after"),
+    dict(affine=False), dict(momentum=None), dict(track_running_stats=False), dict(last=True),
+    dict(shape=(4, 3, 6)), dict(shape=(4, 3, 6, 5)), dict(dtype=torch.float64),
+]  # fmt: skip
+
+
+@each_device
+@pytest.mark.parametrize("options", GRAPHS, ids=str)
+def test_in_a_graph(options: dict[str, Any], device: str) -> None:
+    """Without a graph break: kernels, statistics brought on, gradients; over three batches."""
+    compare_in_a_graph("aot_eager", device, **options)
+
+
+@each_device
+@pytest.mark.slow
+@pytest.mark.parametrize("options", GRAPHS, ids=str)
+def test_compiled(options: dict[str, Any], device: str) -> None:
+    compare_in_a_graph("inductor", device, **options)
+
+
+def compare_in_a_graph(
+    backend: str, device: str, *, shape: tuple[int, ...] = (4, 3, 6, 5, 5), last: bool = False,
+    residual: str | None = None, train: bool = True, dtype: torch.dtype = torch.float32,
+    dynamic: bool = False, **options: Any,
+) -> None:  # fmt: skip
+    torch._dynamo.reset()
+    plain = nj.nn.NormedNeuron(norm_of(shape, **options), nj.nn.LIF(surrogate=SMOOTH), residual)
+    plain = plain.to(device, dtype).train(train)
+    traced = copy.deepcopy(plain)
+    compiled = torch.compile(traced, fullgraph=True, backend=backend, dynamic=dynamic or None)
+    for batch in range(3):
+        shape = (shape[0], shape[1] + batch * dynamic, *shape[2:])
+        data = [sequence(shape, batch, last).to(device, dtype) * 2 + 1 for _ in range(3)]
         found = []
-        for run in (net, torch.compile(net, fullgraph=True, backend="aot_eager")):
-            net.neuron.reset()
-            x = sequence((4, 3, 6), 1).float().requires_grad_()
-            out = run(x)
-            found.append([out.detach(), torch.autograd.grad(out.square().sum(), x)[0]])
+        for net, run in ((plain, plain), (traced, compiled)):
+            x, skip = (t.clone().requires_grad_() for t in data[:2])
+            leaves = [x, *net.parameters(), *([skip] if residual else [])]
+            out = run(x, *([skip] if residual else []))
+            assert out.stride() == x.stride()
+            grads = torch.autograd.grad(out, leaves, data[2])
+            net.neuron.detach()
+            found.append([out.detach(), *grads, *net.buffers()])
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_not_fused() -> None:
-    lif = nj.nn.LIF()
-    for norm, why in (
-        (nn.LayerNorm(3), "LayerNorm is no BatchNorm"),
-        (nn.SyncBatchNorm(3), "SyncBatchNorm is no BatchNorm"),
-        (nn.LazyBatchNorm2d(), "has not seen an input yet"),
-    ):
-        with pytest.raises(nj.SpecError, match=why):
-            nj.nn.NormedNeuron(norm, lif)
-    with pytest.raises(nj.SpecError, match="single steps"):
-        nj.nn.NormedNeuron(nn.BatchNorm2d(3), nj.nn.LIFNode())
-    with pytest.raises(nj.SpecError, match="no layer of neuronjit"):
-        nj.nn.NormedNeuron(nn.BatchNorm2d(3), nn.ReLU())
-    with pytest.raises(nj.SpecError, match="unknown residual 'beside'"):
-        nj.nn.NormedNeuron(nn.BatchNorm2d(3), lif, "beside")
-    own = nj.NeuronModel("own", "h = v + x - norm_mean", state={"v": 0}, params={"norm_mean": 0.5})
-    skips = nj.NeuronModel("skips", "h = skip * v + x", state={"v": 0}, params={"skip": 0.5})
-    with pytest.raises(nj.SpecError, match="model 'own' has 'norm_mean', a name that the batch"):
-        nj.nn.NormedNeuron(nn.BatchNorm2d(3), nj.nn.Neuron(own))
-    with pytest.raises(nj.SpecError, match="model 'skips' has 'skip', a name that the batch norm"):
-        nj.nn.NormedNeuron(nn.BatchNorm2d(3), nj.nn.Neuron(skips), "after")
-    nj.nn.NormedNeuron(nn.BatchNorm2d(3), nj.nn.Neuron(skips))
-    fused = nj.nn.NormedNeuron(nn.BatchNorm2d(3), lif)
-    with pytest.raises(nj.SpecError, match="fused already"):
-        nj.nn.NormedNeuron(nn.BatchNorm2d(3), lif)
-    with pytest.raises(nj.SpecError, match=r"3 features, so x_seq must be \[T, N, 3, \*\]"):
-        fused(torch.ones(2, 2, 4, 5, 5))
-    with pytest.raises(nj.SpecError, match="more than one value a channel"):
-        fused(torch.ones(1, 1, 3, 1, 1))
-    with pytest.raises(nj.SpecError, match="has the inputs x; got 2 of them"):
-        fused(torch.ones(2, 2, 3, 5, 5), torch.ones(2, 2, 3, 5, 5))
-    with pytest.raises(nj.SpecError, match="EachStep takes sequences"):
-        nj.nn.EachStep(nn.Linear(3, 3))(torch.ones(2, 3))
+def test_a_graph_has_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they pay: on a GPU. Compilers fuse batch norms of their own."""
+    for pays in (True, False):
+        monkeypatch.setattr(batch_norm, "_pays", lambda x, pays=pays: pays)
+        graphs: list[Any] = []
+
+        def keep(graph: Any, inputs: Any, graphs: Any = graphs) -> Any:
+            graphs.append(graph.code)
+            return graph
+
+        net = nj.nn.NormedNeuron(norm_of((4, 3, 6)), nj.nn.LIF())
+        torch._dynamo.reset()
+        torch.compile(net, backend=keep, fullgraph=True)(sequence((4, 3, 6), 1).float())
+        assert ("neuronjit.statistics" in graphs[0]) == pays
+        assert ("batch_norm" in graphs[0]) != pays
 
 
-def test_add_grad() -> None:
-    """At every step of backward, whatever arrives; not in what the step computes."""
-    plain = nj.NeuronModel("plain", "h = 0.5 * v + x", state={"v": 0.0})
-    more = nj.NeuronModel(
-        "more", "h = 0.5 * v + add_grad(x, a + x * x)", state={"v": 0.0}, params={"a": 0.25}
-    )
+@pytest.mark.slow
+def test_in_a_graph_for_any_batch() -> None:
+    compare_in_a_graph("aot_eager", "cpu", dynamic=True)
+
+
+def test_in_a_graph_without_kernels() -> None:
+    """Backward goes twice over the sequence in eager PyTorch, too."""
     for backend in ("cpu", "eager"):
-        x = sequence((5, 3), 1).requires_grad_()
-        outs = [nj.multistep(m, x, backend=backend).spikes for m in (plain, more)]
-        assert torch.equal(*outs)
-        without, with_it = (torch.autograd.grad(out.sum(), x)[0] for out in outs)
-        torch.testing.assert_close(with_it, without + 0.25 + x.detach() ** 2)
-    with pytest.raises(nj.EquationError, match=r"add_grad\(\) stands in the equations of a model"):
-        nj.Surrogate("wrong", "add_grad(u, 1)")
+        net = nj.nn.NormedNeuron(norm_of((4, 3, 6)), nj.nn.LIF(surrogate=SMOOTH, backend=backend))
+        found = []
+        torch._dynamo.reset()
+        for run in (net, torch.compile(net, fullgraph=True, backend="aot_eager")):
+            net.neuron.reset()
+            x = sequence((4, 3, 6), 1).float().requires_grad_()
+            found.append(torch.autograd.grad(run(x).square().sum(), [x, *net.norm.parameters()]))
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

@@ -404,6 +404,31 @@ def test_opcheck(case: str, device: str) -> None:
     )
 
 
+@each_device
+def test_opcheck_of_statistics(device: str) -> None:
+    x = inputs((4, 3, 6, 2)).to(device)
+    own = [torch.zeros(6, device=device), torch.ones(6, device=device)]
+    for given in ((*own, torch.tensor(1, device=device)), (None, None, None)):
+        for momentum in (0.1, None):
+            asked = (x, 1e-5, *given, momentum, None)
+            torch.library.opcheck(torch.ops.neuronjit.statistics.default, asked)
+
+
+@each_device
+@pytest.mark.parametrize("size", [1, 6])
+def test_results_have_memory_of_their_own(size: int, device: str) -> None:
+    """Inductor takes them to be aligned, and apart from each other."""
+    params = {name: torch.rand(size).add_(1.5).to(device) for name in ("tau", "v_threshold")}
+    x, tensors, numbers, save, text = arguments("LIF", inputs((4, 3, 6)).to(device), params)
+    *outputs, checkpoints = torch.ops.neuronjit.forward(x, tensors, numbers, save, text)
+    grads = [torch.ones_like(outputs[0]), *(None for _ in outputs[1:])]
+    wanted = [True for _ in (x, *tensors)]
+    results = torch.ops.neuronjit.backward(x, checkpoints, tensors, grads, numbers, wanted, text)
+    found = [*results, *outputs, checkpoints]
+    assert len(found) == 6 and not any(t.storage_offset() for t in found)
+    assert len({t.untyped_storage().data_ptr() for t in found}) == len(found)
+
+
 class Net(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

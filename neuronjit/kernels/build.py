@@ -70,7 +70,7 @@ def helper(spec: HelperSpec, device: int) -> Kernel | None:
     if key not in _helpers:
         try:
             _helpers[key] = load_kernel(spec, device)
-        except (BackendError, CompileError, Untrusted) as error:
+        except (BackendError, CompileError, MissingKernelError, Untrusted) as error:
             if isinstance(error, MissingKernelError) and capturing():
                 return None  # a graph is being captured, which loading would end: the next call may
             debug(f"torch's operations take the place of a kernel: {error}")

@@ -17,7 +17,7 @@ from ..models.model import NeuronModel
 from ..run import checks
 from ..run.autograd import multistep
 from ..run.call import Output
-from ..run.normed import multistep_normed, why_not
+from ..run.normed import multistep_normed, normed, why_not
 from ..run.statistics import Running, batch_statistics
 from ..torch_private import current_backward, has_hooks
 from .neuron import Neuron
@@ -35,7 +35,9 @@ _CURE = "call neuronjit.nn.unfuse(net) before such changes, and fuse again after
 
 def _pays(x: Tensor) -> bool:
     """Whether one kernel each way is faster than batch norm and neuron apart, on an H100."""
-    return not x.is_cuda or x.numel() * x.itemsize >= FUSED_FROM
+    if not x.is_cuda:
+        return not is_compiling()  # compilers fuse batch norms of their own
+    return x.numel() * x.itemsize >= FUSED_FROM
 
 
 class EachStep(torch.nn.Sequential):
@@ -116,6 +118,10 @@ class Norm:
             raise SpecError(f"cannot be fused: {why}")
         self.norm: Any = norm
         self.residual = residual
+        # the neuron's model, where it is known before a call, and the same behind the norm
+        self._model, self._normed = _model_of(neuron), {}
+        if self._model is not None:
+            self._normed = self._within(self._model)
         self.inputs = () if residual is None else ("skip",)
         self.hidden = False
         self.passed: int | None = None  # elements of what the hidden norm handed on
@@ -158,14 +164,26 @@ class Norm:
             surrogate=surrogate, reset=reset, detach_reset=detach_reset, record=record,
             backend=backend,
         )  # fmt: skip
-        # compilers see two operations, and may fuse their own; what is empty, torch answers
-        if is_compiling() or checks.is_traced(x) or not x.numel() or not _pays(x):
+        compiling = is_compiling() or checks.is_traced(x)
+        if self._model is not model and not compiling:  # nothing that a compiler could trace
+            self._model, self._normed = model, self._within(model)
+        # what is empty, torch answers
+        if self._model is not model or not x.numel() or not _pays(x):
             return self._apart(model, x, state, skip, {**asked, **params})
+        residual = self.residual
+        later = None  # what a compiler adds to the spikes, by a kernel of its own
+        if compiling and residual == "after" and skip is not None:
+            residual, later, skip = None, skip.to(x.dtype), None
         mean, invstd, eps = self._statistics(x, backend)
-        return multistep_normed(
-            model, x, state, mean=mean, invstd=invstd, weight=self.norm.weight,
-            bias=self.norm.bias, eps=eps, skip=skip, residual=self.residual, params=params, **asked,
+        out = multistep_normed(
+            self._normed[residual], x, state, mean=mean, invstd=invstd, weight=self.norm.weight,
+            bias=self.norm.bias, eps=eps, skip=skip, residual=residual, params=params, **asked,
         )  # fmt: skip
+        return out if later is None else _added(out, later)
+
+    def _within(self, model: NeuronModel) -> dict[str | None, NeuronModel]:
+        """The model behind the norm, with the residuals that it may have there."""
+        return {of: normed(model, of) for of in {self.residual, None}}
 
     def _apart(
         self, model: NeuronModel, x: Tensor, state: Any, skip: Any, given: dict[str, Any]
@@ -178,7 +196,7 @@ class Norm:
         out = multistep(model, x + skip if self.residual == "before" else x, state, **given)
         if self.residual != "after":
             return out
-        return out._replace(spikes=out.spikes + skip)
+        return _added(out, skip)
 
     def _check(self, x: Tensor) -> None:
         norm = self.norm
@@ -263,6 +281,18 @@ def part(neuron: Any) -> bool:
     vars(norm.norm).pop("forward", None)
     del neuron._norm
     return True
+
+
+def _added(out: Output, skip: Tensor) -> Output:
+    """With a residual behind the neuron. Older versions of Dynamo cannot trace `_replace`."""
+    return Output(out.spikes + skip, out.state, out.record)
+
+
+def _model_of(neuron: Any) -> NeuronModel | None:
+    if isinstance(neuron, Neuron):
+        return neuron.model
+    row = getattr(neuron, "_neuronjit", None)  # of a node of SpikingJelly
+    return None if row is None else row.model(neuron)
 
 
 def _why_not(norm: Module, neuron: Any, residual: str | None = None) -> str:

@@ -225,4 +225,5 @@ def _broadcasts(given: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     if len(given) > len(shape):
         return False
     last = shape[len(shape) - len(given) :]
-    return all(g in (1, s) for g, s in zip(given, last, strict=True))
+    # not `in (1, s)`, for which Dynamo has no answer where s is a symbol
+    return all(g == 1 or g == s for g, s in zip(given, last, strict=True))

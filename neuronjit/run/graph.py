@@ -26,6 +26,7 @@ from ..surrogates import as_surrogate
 from ..torch_private import below_autograd
 from . import checks
 from .call import Call, Output, Values, as_backend, as_state, exact, settle, signature
+from .normed import TwoPasses
 from .plan import (
     EagerPlan,
     KernelPlan,
@@ -38,10 +39,11 @@ from .plan import (
     plan_for,
     plans,
 )
+from .statistics import Running, batch_statistics, by_channel
 
 # older versions of torch cannot tell: there, a new number makes a new graph
 has_static_value = getattr(symbolic_shapes, "has_static_value", lambda number: True)
-VERSION = 4  # of the text and of what the operators return: compilers keep graphs on disk
+VERSION = 5  # of the text and of what the operators return: compilers keep graphs on disk
 
 
 # --- making a graph: traced by Dynamo, so plain Python on names, numbers and tensors --------------
@@ -59,8 +61,9 @@ def multistep(
     final_state: bool,
     backend: str | None,
     params: dict[str, Any],
+    twice: bool = False,
 ) -> Output:
-    """`neuronjit.multistep`, by operators alone."""
+    """`neuronjit.multistep`, by operators alone; `twice`: backward is that of `normed`."""
     model, surrogate = as_model(model), as_surrogate(surrogate)
     state = {name: _constant(value, x) for name, value in as_state(state).items()}
     params = {name: _constant(value, x) for name, value in params.items()}
@@ -78,7 +81,7 @@ def multistep(
         else:  # on the CPU: it becomes an argument of the kernel, whose code reads no tensor for it
             changing.append(name)
             tensors.append(torch.zeros((), dtype=torch.float64) + number)
-    text = to_text(call, backend, names, changing)
+    text = to_text(call, backend, names, changing, twice)
     save = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
     # Inductor takes any four dimensions for an image. Of [T, N, C, L], kept for backward, it makes
     # channels_last: a copy each way, and in torch 2.13 on a CPU an error where N is a symbol.
@@ -96,7 +99,9 @@ def _constant(value: Any, x: Tensor) -> Any:
     return value
 
 
-def to_text(call: Call, backend: str | None, names: list[str], changing: list[str]) -> str:
+def to_text(
+    call: Call, backend: str | None, names: list[str], changing: list[str], twice: bool = False
+) -> str:
     """All of a call but tensors and numbers, on one line.
 
     Compilers copy it into comments of the code that they write. So its letters are few: no line
@@ -112,6 +117,7 @@ def to_text(call: Call, backend: str | None, names: list[str], changing: list[st
             f'"record": {_listed(call.record)}',
             f'"tensors": {_listed(names)}',
             f'"changing": {_listed(changing)}',
+            f'"twice": {"true" if twice else "false"}',
         )
     )
     described = f'"model": {call.model.token}, "surrogate": {call.surrogate.token}'
@@ -136,6 +142,7 @@ class _Told(NamedTuple):
     backend: str | None
     names: tuple[str, ...]  # of the model's arguments that are tensors
     changing: tuple[str, ...]  # parameters of the surrogate that come as tensors, after those
+    twice: bool  # backward goes twice over the sequence
 
 
 @cache
@@ -161,7 +168,8 @@ def _read(text: str) -> _Told:
         "auto",
     )
     backend = None if said["backend"] is None else as_backend(said["backend"])
-    return _Told(call, backend, tuple(said["tensors"]), tuple(said["changing"]))
+    names, changing = tuple(said["tensors"]), tuple(said["changing"])
+    return _Told(call, backend, names, changing, said["twice"])
 
 
 def _joined(lines: list[str]) -> str:
@@ -246,6 +254,10 @@ _operators.define(
     "backward(Tensor x, Tensor checkpoints, Tensor[] tensors, Tensor?[] grads, float[] numbers,"
     " bool[] wanted, str call) -> Tensor[]"
 )
+_operators.define(
+    "statistics(Tensor x, float eps, Tensor(a!)? mean, Tensor(b!)? var, Tensor(c!)? batches,"
+    " float? momentum, str? backend) -> (Tensor, Tensor)"
+)
 
 
 @torch.library.impl(_operators, "forward", "CompositeExplicitAutograd")
@@ -297,13 +309,27 @@ def _backward(
     asked = tuple(wanted[: 1 + len(own)])
     held = checkpoints if len(checkpoints) > 2 else None
     ready, others = plan.prepare(x, own)
-    results = backward(plan, ready, held, others, grads, asked)
+    told = _read(call)
+    if told.twice:
+        results = TwoPasses(plan, told.names, None).backward(ready, held, others, grads, asked)
+    else:
+        results = backward(plan, ready, held, others, grads, asked)
     results += [None] * (len(tensors) - len(own))
     inputs = zip((x, *tensors), results, wanted, strict=True)
     given = [_promised_gradient(*of_one) for of_one in inputs]
     if wanted[0] and not (isinstance(plan, KernelPlan) and not plan.copies):
         given[0] = _restride(given[0], torch.empty_like(x, device="meta"))
-    return [given[0], *[g.contiguous() for g in given[1:]]]
+    return [given[0], *map(_alone, given[1:])]
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous in memory of its own: compilers take results for apart and aligned.
+
+    Sums over neurons are rows of one tensor.
+    """
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _promised_gradient(t: Tensor, grad: Tensor | None, wanted: bool) -> Tensor:
@@ -327,6 +353,25 @@ def _(
 ) -> list[Tensor]:
     shapes = [torch.empty_like(x), *[t.new_empty(t.shape) for t in tensors]]
     return [s if w else s.new_empty(0) for s, w in zip(shapes, wanted, strict=True)]
+
+
+@torch.library.impl(_operators, "statistics", "CompositeExplicitAutograd")
+def _statistics(
+    x: Tensor,
+    eps: float,
+    mean: Tensor | None,
+    var: Tensor | None,
+    batches: Tensor | None,
+    momentum: float | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    return batch_statistics(x, eps, Running(mean, var, batches, momentum), backend)
+
+
+@torch.library.register_fake("neuronjit::statistics")  # type: ignore[untyped-decorator]
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    found = x.new_empty(by_channel(x), dtype=checks.arithmetic(x.dtype))
+    return found, torch.empty_like(found)
 
 
 # --- gradients ------------------------------------------------------------------------------------

@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import settings
 from ..errors import BackendError, CompileError, SpecError
 from ..language.parse import plain
 from ..models.model import NeuronModel
 from ..torch_private import tracing, transformed
-from . import packed
+from . import checks, packed
 from .autograd import apply, find, multistep
 from .call import Output
-from .plan import Gradients, KernelPlan, backward, fall_back, output
+from .plan import EagerPlan, Gradients, KernelPlan, backward, fall_back, output
 from .statistics import by_channel, moments
 
 _NORMED = """
@@ -72,7 +73,7 @@ def normed(model: NeuronModel, residual: str | None) -> NeuronModel:
 
 
 def multistep_normed(
-    model: NeuronModel,
+    own: NeuronModel,
     x: Tensor,
     state: Mapping[str, Any] | None,
     *,
@@ -93,6 +94,7 @@ def multistep_normed(
     """`multistep` of a normalised x: `(x - mean) * invstd * weight + bias`, by channel.
 
     Args:
+        own: `normed(model, residual)`.
         x: `[T, N, C, *]`; mean, invstd, weight and bias: a number a channel, `[C]` or `[1, C, *]`.
         eps: where mean and invstd are those of x, and x's gradient goes through them too; else
             None.
@@ -113,20 +115,26 @@ def multistep_normed(
     asked: dict[str, Any] = dict(
         surrogate=surrogate, reset=reset, detach_reset=detach_reset, record=record, backend=backend
     )
-    own = normed(model, residual)
     if eps is None or not (torch.is_grad_enabled() and x.requires_grad):
         return multistep(own, x, state, **asked, **given)
     later = dict.fromkeys(_SUMS, channels[0])  # backward gives the sums
     share = -x.shape[2] / x.numel() if x.numel() else 0.0
+    twice = {**given, **later, "norm_share": share}
+    if is_compiling() or checks.is_traced(x):
+        from . import graph  # registers operators: eager calls need none
+
+        return graph.multistep(
+            own, x, state, surrogate, reset, detach_reset, record, True, backend, twice, twice=True
+        )
     plan, tensors = find(
         own, x, {} if state is None else dict(state), surrogate, reset, detach_reset,
-        tuple(record), True, backend, {**given, **later, "norm_share": share},
+        tuple(record), True, backend, twice,
     )  # fmt: skip
     if isinstance(plan, KernelPlan):
         if tracing() or transformed():
             raise BackendError("a fused batch norm is no part of torch.jit.trace and torch.func")
         if plan.twice is None:
-            plan.twice = _TwoPasses(plan, residual)
+            plan.twice = TwoPasses(plan, plan.given, residual)
         try:
             out = output(plan.call, apply(plan.twice, x, tensors))
         except (BackendError, CompileError) as error:
@@ -150,16 +158,22 @@ def _followed(
     return multistep(own, x, state, **asked, **{**given, **own_stats})
 
 
-class _TwoPasses:
+class TwoPasses:
     """A plan whose backward goes twice over the sequence: for the sums, then for x's gradient."""
 
-    def __init__(self, plan: KernelPlan, residual: str | None) -> None:
-        self.plan, self.call, self.final = plan, plan.call, plan.final
+    def __init__(
+        self, plan: KernelPlan | EagerPlan, given: Sequence[str], residual: str | None
+    ) -> None:
+        """`given` are the names of the plan's tensors."""
+        self.plan, self.call = plan, plan.call
         self.prepare, self.forward = plan.prepare, plan.forward
-        at = plan.given.index
+        at = given.index
         self._weight, self._bias, self._sum, self._scaled = map(at, (*_AFFINE[2:], *_SUMS))
         self._after = at("skip") if residual == "after" else None
-        self.compiled = plan.compiled
+        self.final: tuple[str, ...] = ()
+        self.compiled: Any = None
+        if isinstance(plan, KernelPlan):
+            self.final, self.compiled = plan.final, plan.compiled
         if self.compiled is not None:
             own = self._weight, self._bias, self._sum, self._scaled, self._after
             self.compiled.twice(*own)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import settings
 from ..kernels.build import helper
@@ -35,14 +36,19 @@ def batch_statistics(
     What is running, the variance unbiased, is brought on in place.
     """
     x = x.detach()
+    if is_compiling() or checks.is_traced(x):
+        from . import graph  # noqa: F401 registers operators: eager calls need none
+
+        found: tuple[Tensor, Tensor] = torch.ops.neuronjit.statistics(x, eps, *running, backend)
+        return found
     backend = backend or settings.backend()
     if x.is_cuda and backend != "eager" and x.dtype in NAMES and not transformed():
         if not layout.is_sequence(x.shape, x.stride()) or x.is_neg():
             x = x.resolve_neg().contiguous()
         key = (x.shape, x.stride(), x.dtype, x.device, not x.data_ptr() & 15)
         plan = plans.get(key) or keep(plans, key, _Statistics(x))
-        if (found := plan.run(x, eps, running)) is not None:
-            return found
+        if (made := plan.run(x, eps, running)) is not None:
+            return made
     if running.batches is not None:
         running.batches.add_(1)
     mean, var = moments(x.flatten(0, 1))
