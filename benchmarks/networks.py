@@ -448,7 +448,9 @@ class Turn:
                 if time.perf_counter() - run.started > run.args.seconds:
                     late.append(mode)
                     continue
-                with run.attempt(f"{self}, {WHOSE[whose]}, {mode}"):
+                # Dynamo does not bear to be interrupted: what it compiles later would fail
+                limit = 1e6 if mode in COMPILED else None
+                with run.attempt(f"{self}, {WHOSE[whose]}, {mode}", limit):
                     try:
                         self.prepare(whose, mode, run)
                     except Skip as reason:
