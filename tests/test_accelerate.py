@@ -992,12 +992,22 @@ def test_spikingjellys_networks_fused(
 
 
 @pytest.mark.slow
-def test_fused_networks_compile() -> None:
+@pytest.mark.parametrize("copied", [False, True])
+def test_fused_networks_compile(copied: bool, fused_always: None) -> None:
+    """Each norm within its neuron's kernels in the graph, too."""
     torch.compiler.reset()
     net = normed()
     nj.accelerate(net, fuse=True)
-    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    net = copy.deepcopy(net) if copied else net
+    graphs: list[str] = []
+
+    def compiler(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(net, backend=compiler, fullgraph=True)
     assert losses(compiled) == pytest.approx(losses(normed()), rel=2e-5)
+    assert graphs and all(code.count("neuronjit.statistics") == 2 for code in graphs)
 
 
 # --- bad input ------------------------------------------------------------------------------------

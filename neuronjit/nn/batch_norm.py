@@ -165,10 +165,11 @@ class Norm:
             backend=backend,
         )  # fmt: skip
         compiling = is_compiling() or checks.is_traced(x)
-        if self._model is not model and not compiling:  # nothing that a compiler could trace
-            self._model, self._normed = model, self._within(model)
+        known = self._model is model or self._model == model  # the latter in copies
+        if not known and not compiling:  # nothing that a compiler could trace
+            self._model, self._normed, known = model, self._within(model), True
         # what is empty, torch answers
-        if self._model is not model or not x.numel() or not _pays(x):
+        if not known or not x.numel() or not _pays(x):
             return self._apart(model, x, state, skip, {**asked, **params})
         residual = self.residual
         later = None  # what a compiler adds to the spikes, by a kernel of its own
