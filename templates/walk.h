@@ -42,19 +42,7 @@ template <class M> struct Params {
   // Each neuron's own, of the neurons first .. first + LANES - 1, of which so many are valid.
   INLINE_ void of_neurons(const typename M::Args& a, const long long first, const int valid) {
     if constexpr (M::EACH > 0) {
-      UNROLL_ for (int i = 0; i < M::EACH; ++i) {
-        const real* from = a.each[i];
-        const long long inner = a.inner[i], count = a.count[i];
-        if (inner % LANES == 0) {  // one channel's
-          const real value = from[channel_of(first, inner, count)];
-          FOR_LANES_ { each[i][l] = value; }
-        } else if (inner == 1 && count % LANES == 0) {  // of channels next to each other
-          from += channel_of(first, 1, count);
-          FOR_LANES_ { each[i][l] = from[l < valid ? l : 0]; }
-        } else {
-          FOR_LANES_ { each[i][l] = from[channel_of(first + (l < valid ? l : 0), inner, count)]; }
-        }
-      }
+      load_each<M>(each, a, first, valid);
       divide();
     }
   }

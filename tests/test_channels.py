@@ -130,3 +130,26 @@ def test_by_channel_needs_channels() -> None:
         KernelSpec.of(
             MODEL, "cuda", "forward", "atan", "hard", False, "float16", by_channel=True
         )  # fmt: skip
+
+
+@each_device
+@pytest.mark.parametrize("channels", [1, 2, 3, 5, 63, 64, 65, 130])
+def test_where_channels_begin_and_end(channels: int, device: str) -> None:
+    """In all places of a stretch of neurons that kernels handle together: as eager PyTorch."""
+    generator = torch.Generator().manual_seed(channels)
+    for inner in (1, 2, 3, 7, 16, 49, 63, 64, 65, 130):
+        for size in ((channels, 1), (1, channels, 1), (2, channels, 1)):
+            x = torch.rand(3, 2, channels, inner, generator=generator) * 2
+            threshold = torch.rand(size, generator=generator) + 0.5
+            decay = torch.rand(channels, 1, generator=generator)
+            for own in (x, x.transpose(2, 3).contiguous().transpose(2, 3)):
+                given = [t.to(device).requires_grad_() for t in (own, threshold, decay)]
+                found = []
+                for backend in ("auto", "eager"):
+                    out = nj.multistep(
+                        "plif", given[0], v_threshold=given[1], reciprocal_tau=given[2],
+                        backend=backend,
+                    ).spikes  # fmt: skip
+                    found.append([out, *torch.autograd.grad(out.sum(), given)])
+                assert torch.equal(found[0][0], found[1][0])
+                torch.testing.assert_close(found[0][1:], found[1][1:], rtol=1e-4, atol=1e-5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -175,10 +175,17 @@ class Norm:
         later = None  # what a compiler adds to the spikes, by a kernel of its own
         if compiling and residual == "after" and skip is not None:
             residual, later, skip = None, skip.to(x.dtype), None
-        mean, invstd, eps = self._statistics(x, backend)
+        statistics: Callable[..., tuple[Tensor, Tensor]] = batch_statistics
+        in_graph: Callable[..., Output] | None = None
+        if compiling:
+            from ..run import graph  # registers operators: eager calls need none
+
+            statistics, in_graph = graph.statistics, graph.multistep
+        mean, invstd, eps = self._statistics(x, backend, statistics)
         out = multistep_normed(
             self._normed[residual], x, state, mean=mean, invstd=invstd, weight=self.norm.weight,
-            bias=self.norm.bias, eps=eps, skip=skip, residual=residual, params=params, **asked,
+            bias=self.norm.bias, eps=eps, skip=skip, residual=residual, params=params,
+            in_graph=in_graph, **asked,
         )  # fmt: skip
         return out if later is None else _added(out, later)
 
@@ -213,7 +220,9 @@ class Norm:
                 f" sequence (was the norm replaced, or the neuron wrapped in checkpoints?); {_CURE}"
             )
 
-    def _statistics(self, x: Tensor, backend: str | None) -> tuple[Tensor, Tensor, float | None]:
+    def _statistics(
+        self, x: Tensor, backend: str | None, found: Callable[..., tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor, float | None]:
         """As torch.nn.BatchNorm's forward: what normalises x; running statistics are brought on."""
         norm = self.norm
         if not norm.training and norm.running_mean is not None:
@@ -230,8 +239,7 @@ class Norm:
             running = Running(
                 norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum
             )
-        mean, invstd = batch_statistics(x, norm.eps, running, backend)
-        return mean, invstd, norm.eps
+        return *found(x, norm.eps, running, backend), norm.eps
 
 
 def fuse(net: Module) -> int:

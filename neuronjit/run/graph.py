@@ -26,7 +26,6 @@ from ..surrogates import as_surrogate
 from ..torch_private import below_autograd
 from . import checks
 from .call import Call, Output, Values, as_backend, as_state, exact, settle, signature
-from .normed import TwoPasses
 from .plan import (
     EagerPlan,
     KernelPlan,
@@ -40,6 +39,7 @@ from .plan import (
     plans,
 )
 from .statistics import Running, batch_statistics, by_channel
+from .two_passes import TwoPasses
 
 # older versions of torch cannot tell: there, a new number makes a new graph
 has_static_value = getattr(symbolic_shapes, "has_static_value", lambda number: True)
@@ -63,7 +63,7 @@ def multistep(
     params: dict[str, Any],
     twice: bool = False,
 ) -> Output:
-    """`neuronjit.multistep`, by operators alone; `twice`: backward is that of `normed`."""
+    """`neuronjit.multistep`, by operators alone; `twice`: backward is that of `two_passes`."""
     model, surrogate = as_model(model), as_surrogate(surrogate)
     state = {name: _constant(value, x) for name, value in as_state(state).items()}
     params = {name: _constant(value, x) for name, value in params.items()}
@@ -90,6 +90,15 @@ def multistep(
         x, *tensors = [t.unsqueeze(-1) if t.dim() else t for t in (x, *tensors)]
     outputs = torch.ops.neuronjit.forward(x, tensors, numbers, save, text)[:-1]
     return output(call, [t.squeeze(-1) for t in outputs] if lifted else outputs)
+
+
+def statistics(
+    x: Tensor, eps: float, running: Running, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """`batch_statistics`, by an operator."""
+    found: tuple[Tensor, Tensor]
+    found = torch.ops.neuronjit.statistics(x.detach(), eps, *running, backend)
+    return found
 
 
 def _constant(value: Any, x: Tensor) -> Any:

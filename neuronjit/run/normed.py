@@ -10,32 +10,30 @@ time for x's gradient. What is kept is what any call keeps: its inputs and the c
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from .. import settings
 from ..errors import BackendError, CompileError, SpecError
 from ..language.parse import plain
 from ..models.model import NeuronModel
 from ..torch_private import tracing, transformed
-from . import checks, packed
+from . import packed
 from .autograd import apply, find, multistep
 from .call import Output
-from .plan import EagerPlan, Gradients, KernelPlan, backward, fall_back, output
-from .statistics import by_channel, moments
+from .plan import KernelPlan, fall_back, output
+from .statistics import by_channel
+from .two_passes import AFFINE, SUMS, TwoPasses
 
 _NORMED = """
 norm_scale = norm_invstd * norm_weight
 norm_through = norm_sum + (x - norm_mean) * norm_invstd * norm_sum_scaled
 norm_x = (add_grad(x, norm_through * norm_scale * norm_share) - norm_mean) * norm_scale + norm_bias
 """
-_AFFINE = ("norm_mean", "norm_invstd", "norm_weight", "norm_bias")
-_SUMS = ("norm_sum", "norm_sum_scaled")
 
 
 def why_not(model: NeuronModel, residual: str | None) -> str:
@@ -65,7 +63,7 @@ def normed(model: NeuronModel, residual: str | None) -> NeuronModel:
         f"{model.name}_normed{f'_skip_{residual}' if residual else ''}",
         "\n".join(lines),
         state=model.state,
-        params={**model.params, **dict.fromkeys((*_AFFINE, *_SUMS), 0.0), "norm_share": 0.0},
+        params={**model.params, **dict.fromkeys((*AFFINE, *SUMS), 0.0), "norm_share": 0.0},
         inputs=("x", "skip") if residual else ("x",),
         strict=model.strict,
         positive=model.positive,
@@ -90,6 +88,7 @@ def multistep_normed(
     record: Sequence[str] = (),
     backend: str | None = None,
     params: Mapping[str, Any],
+    in_graph: Callable[..., Output] | None = None,
 ) -> Output:
     """`multistep` of a normalised x: `(x - mean) * invstd * weight + bias`, by channel.
 
@@ -99,6 +98,7 @@ def multistep_normed(
         eps: where mean and invstd are those of x, and x's gradient goes through them too; else
             None.
         skip: what `residual` adds, in x's shape: "before" the neuron's charge, or "after" it fired.
+        in_graph: `graph.multistep`, where a compiler traces.
 
     Raises:
         As `multistep`.
@@ -111,19 +111,17 @@ def multistep_normed(
     given = dict(params)
     if skip is not None:
         given["skip"] = skip
-    given.update(zip(_AFFINE, channels, strict=True))
+    given.update(zip(AFFINE, channels, strict=True))
     asked: dict[str, Any] = dict(
         surrogate=surrogate, reset=reset, detach_reset=detach_reset, record=record, backend=backend
     )
     if eps is None or not (torch.is_grad_enabled() and x.requires_grad):
         return multistep(own, x, state, **asked, **given)
-    later = dict.fromkeys(_SUMS, channels[0])  # backward gives the sums
+    later = dict.fromkeys(SUMS, channels[0])  # backward gives the sums
     share = -x.shape[2] / x.numel() if x.numel() else 0.0
     twice = {**given, **later, "norm_share": share}
-    if is_compiling() or checks.is_traced(x):
-        from . import graph  # registers operators: eager calls need none
-
-        return graph.multistep(
+    if in_graph is not None:
+        return in_graph(
             own, x, state, surrogate, reset, detach_reset, record, True, backend, twice, twice=True
         )
     plan, tensors = find(
@@ -150,56 +148,10 @@ def _followed(
     own: NeuronModel, x: Tensor, state: Any, eps: float, asked: dict[str, Any], given: Any
 ) -> Output:
     """The same, where autograd follows the statistics back to x."""
-    mean, var = moments(x.flatten(0, 1))
-    sizes = given["norm_mean"].shape
+    flat, sizes = x.flatten(0, 1), given["norm_mean"].shape
+    over = (0, *range(2, flat.dim()))
+    var, mean = torch.var_mean(flat.to(given["norm_mean"].dtype), over, correction=0)
     own_stats = dict(
         norm_mean=mean.reshape(sizes), norm_invstd=torch.rsqrt(var + eps).reshape(sizes)
     )
     return multistep(own, x, state, **asked, **{**given, **own_stats})
-
-
-class TwoPasses:
-    """A plan whose backward goes twice over the sequence: for the sums, then for x's gradient."""
-
-    def __init__(
-        self, plan: KernelPlan | EagerPlan, given: Sequence[str], residual: str | None
-    ) -> None:
-        """`given` are the names of the plan's tensors."""
-        self.plan, self.call = plan, plan.call
-        self.prepare, self.forward = plan.prepare, plan.forward
-        at = given.index
-        self._weight, self._bias, self._sum, self._scaled = map(at, (*_AFFINE[2:], *_SUMS))
-        self._after = at("skip") if residual == "after" else None
-        self.final: tuple[str, ...] = ()
-        self.compiled: Any = None
-        if isinstance(plan, KernelPlan):
-            self.final, self.compiled = plan.final, plan.compiled
-        if self.compiled is not None:
-            own = self._weight, self._bias, self._sum, self._scaled, self._after
-            self.compiled.twice(*own)
-
-    def backward(
-        self,
-        x: Tensor,
-        checkpoints: Tensor | None,
-        tensors: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        wanted: Sequence[bool],
-    ) -> Gradients:
-        """As a KernelPlan's."""
-        of_x, *first = wanted
-        first[self._weight] |= of_x
-        first[self._bias] |= of_x
-        if self._after is not None:  # what arrives at the output, as it is
-            first[self._after] = False
-        _, *results = backward(self.plan, x, checkpoints, tensors, grads, (False, *first))
-        x_grad = None
-        if of_x:
-            summed: list[Any] = list(tensors)
-            summed[self._sum], summed[self._scaled] = results[self._bias], results[self._weight]
-            only_x = (True, *(False for _ in tensors))
-            x_grad = backward(self.plan, x, checkpoints, summed, grads, only_x)[0]
-        if self._after is not None:
-            results[self._after] = grads[0]
-        given = [x_grad, *results]
-        return [grad if want else None for grad, want in zip(given, wanted, strict=True)]

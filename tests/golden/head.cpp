@@ -120,8 +120,39 @@ INLINE_ double only_if_(bool condition, double a) {
   return a;
 }
 
-// Which element of a parameter that repeats over the neurons belongs to neuron n.
-INLINE_ long long channel_of(long long n, long long inner, long long count) { return n / inner % count; }
+// The parameters that repeat over the neurons, of the neurons first .. first + LANES - 1: neuron n has element
+// n / inner % count. Counted on from the first, because a division for each takes longer than a step.
+template <class M>
+INLINE_ void load_each(typename M::real (&each)[M::EACH + 1][M::LANES], const typename M::Args& a, const long long first,
+                       int) {
+  constexpr int LANES = M::LANES;
+  long long inner = 0, count = 0, channel = 0, left = 0;  // so many neurons of this channel are left
+  for (int i = 0; i < M::EACH; ++i) {
+    if (inner != a.inner[i] || count != a.count[i]) {  // most repeat as the one before
+      inner = a.inner[i];
+      count = a.count[i];
+      channel = first / inner % count;
+      left = inner - first % inner;
+    }
+    const typename M::real* from = a.each[i];
+    long long c = channel, more = left;
+    for (int l = 0; l < LANES;) {
+      if (inner == 1) {  // of channels next to each other
+        const int n = count - c < LANES - l ? (int)(count - c) : LANES - l;
+        __builtin_memcpy(each[i] + l, from + c, sizeof(typename M::real) * (unsigned)n);
+        l += n;
+        c = 0;
+      } else {  // one channel's
+        const int n = more < LANES - l ? (int)more : LANES - l;
+        const typename M::real value = from[c];
+        for (int k = 0; k < n; ++k) { each[i][l + k] = value; }
+        l += n;
+        c = c + 1 < count ? c + 1 : 0;
+        more = inner;
+      }
+    }
+  }
+}
 
 #if defined(_OPENMP)
 #define OMP_FOR_ _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")
@@ -273,19 +304,7 @@ template <class M> struct Params {
   // Each neuron's own, of the neurons first .. first + LANES - 1, of which so many are valid.
   INLINE_ void of_neurons(const typename M::Args& a, const long long first, const int valid) {
     if constexpr (M::EACH > 0) {
-      UNROLL_ for (int i = 0; i < M::EACH; ++i) {
-        const real* from = a.each[i];
-        const long long inner = a.inner[i], count = a.count[i];
-        if (inner % LANES == 0) {  // one channel's
-          const real value = from[channel_of(first, inner, count)];
-          FOR_LANES_ { each[i][l] = value; }
-        } else if (inner == 1 && count % LANES == 0) {  // of channels next to each other
-          from += channel_of(first, 1, count);
-          FOR_LANES_ { each[i][l] = from[l < valid ? l : 0]; }
-        } else {
-          FOR_LANES_ { each[i][l] = from[channel_of(first + (l < valid ? l : 0), inner, count)]; }
-        }
-      }
+      load_each<M>(each, a, first, valid);
       divide();
     }
   }

@@ -120,6 +120,26 @@ INLINE_ long long channel_of(long long n, long long inner, long long count) {
   return n / inner % count;
 }
 
+// The parameters that repeat over the neurons, of the neurons first .. first + LANES - 1, of which so many are valid.
+template <class M>
+INLINE_ void load_each(typename M::real (&each)[M::EACH + 1][M::LANES], const typename M::Args& a, const long long first,
+                       const int valid) {
+  constexpr int LANES = M::LANES;
+  UNROLL_ for (int i = 0; i < M::EACH; ++i) {
+    const typename M::real* from = a.each[i];
+    const long long inner = a.inner[i], count = a.count[i];
+    if (inner % LANES == 0) {  // one channel's
+      const typename M::real value = from[channel_of(first, inner, count)];
+      FOR_LANES_ { each[i][l] = value; }
+    } else if (inner == 1 && count % LANES == 0) {  // of channels next to each other
+      from += channel_of(first, 1, count);
+      FOR_LANES_ { each[i][l] = from[l < valid ? l : 0]; }
+    } else {
+      FOR_LANES_ { each[i][l] = from[channel_of(first + (l < valid ? l : 0), inner, count)]; }
+    }
+  }
+}
+
 // The sum over a block's threads, in an order that never changes; thread 0 has it.
 template <typename R> INLINE_ R block_sum(R a) {
   __shared__ R warps[32];
@@ -327,19 +347,7 @@ template <class M> struct Params {
   // Each neuron's own, of the neurons first .. first + LANES - 1, of which so many are valid.
   INLINE_ void of_neurons(const typename M::Args& a, const long long first, const int valid) {
     if constexpr (M::EACH > 0) {
-      UNROLL_ for (int i = 0; i < M::EACH; ++i) {
-        const real* from = a.each[i];
-        const long long inner = a.inner[i], count = a.count[i];
-        if (inner % LANES == 0) {  // one channel's
-          const real value = from[channel_of(first, inner, count)];
-          FOR_LANES_ { each[i][l] = value; }
-        } else if (inner == 1 && count % LANES == 0) {  // of channels next to each other
-          from += channel_of(first, 1, count);
-          FOR_LANES_ { each[i][l] = from[l < valid ? l : 0]; }
-        } else {
-          FOR_LANES_ { each[i][l] = from[channel_of(first + (l < valid ? l : 0), inner, count)]; }
-        }
-      }
+      load_each<M>(each, a, first, valid);
       divide();
     }
   }
