@@ -29,6 +29,7 @@ from networks import (
 from support import Counted, each_device
 
 import neuronjit as nj
+from neuronjit.nn import batch_norm
 
 pytestmark = [
     pytest.mark.peers("spikingjelly"),
@@ -218,18 +219,27 @@ SMALL: dict[str, tuple[Callable[[Any], torch.nn.Module], int]] = {
     "sew_resnet": (sew_resnet, 64),
     "spikformer": (partial(spikformer, size=16, depths=1), 16),
 }
-FUSED = ["normed_mlp"]  # in a graph, batch norm and neuron are two again
+FUSED = ["normed_mlp", "sew_resnet", "spikformer"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "fuse"), [*((name, False) for name in SMALL), *((name, True) for name in FUSED)]
+    ("name", "fuse", "kept"),
+    [
+        *((name, False, False) for name in SMALL),
+        ("normed_mlp", True, False),  # in a graph on a CPU, batch norm and neuron are two again
+        *((name, True, True) for name in FUSED),
+    ],
 )
-def test_inductor_trains_as_eager_steps_do(name: str, fuse: bool) -> None:
+def test_inductor_trains_as_eager_steps_do(
+    name: str, fuse: bool, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At one batch size, at another, at the first again: losses, and what the last step learns.
 
     In float64, where Inductor's order of sums moves no potential over its threshold.
     """
+    if kept:  # as on a GPU
+        monkeypatch.setattr(batch_norm, "_pays", lambda x: True)
     make, size = SMALL[name]
     _, neuron, _ = spikingjelly()
     net = make(neuron).double()
