@@ -123,8 +123,8 @@ INLINE_ double only_if_(bool condition, double a) {
 // The parameters that repeat over the neurons, of the neurons first .. first + LANES - 1: neuron n has element
 // n / inner % count. Counted on from the first, because a division for each takes longer than a step.
 template <class M>
-INLINE_ void load_each(typename M::real (&each)[M::EACH + 1][M::LANES], const typename M::Args& a, const long long first,
-                       int) {
+INLINE_ void load_each(typename M::real (&each)[M::EACH + 1][M::LANES], const typename M::Args& a,
+                       const long long first, int) {
   constexpr int LANES = M::LANES;
   long long inner = 0, count = 0, channel = 0, left = 0;  // so many neurons of this channel are left
   for (int i = 0; i < M::EACH; ++i) {

@@ -122,8 +122,8 @@ INLINE_ long long channel_of(long long n, long long inner, long long count) {
 
 // The parameters that repeat over the neurons, of the neurons first .. first + LANES - 1, of which so many are valid.
 template <class M>
-INLINE_ void load_each(typename M::real (&each)[M::EACH + 1][M::LANES], const typename M::Args& a, const long long first,
-                       const int valid) {
+INLINE_ void load_each(typename M::real (&each)[M::EACH + 1][M::LANES], const typename M::Args& a,
+                       const long long first, const int valid) {
   constexpr int LANES = M::LANES;
   UNROLL_ for (int i = 0; i < M::EACH; ++i) {
     const typename M::real* from = a.each[i];
