@@ -1,7 +1,8 @@
-"""Batch norm and neuron (and residual), apart and in the neuron's kernels; a GPU is needed.
+"""Batch norm and neuron (and residual), apart and in the neuron's kernels.
 
-Forward and backward of a training step, as one CUDA graph, in passes: the time in which half a
-device copy of x is made. 8 are the fewest with training statistics, 9 with a residual.
+Forward and backward of a training step in passes: the time in which half a copy of x is made. 8 are
+the fewest with training statistics, 9 with a residual. On a GPU as one CUDA graph; without one, by
+wall clock on one thread of the CPU, into files of their own.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import copy
 import json
 import statistics
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,20 @@ import neuronjit as nj
 from neuronjit.nn import batch_norm
 
 RESULTS = Path(__file__).parent / "results"
-SHAPES = ((4, 32, 64, 56, 56), (4, 64, 128, 32, 32), (4, 32, 128, 28, 28))  # [T, N, C, H, W]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = {  # [T, N, C, H, W]
+    "cuda": ((4, 32, 64, 56, 56), (4, 64, 128, 32, 32), (4, 32, 128, 28, 28)),
+    "cpu": ((4, 8, 64, 56, 56), (4, 16, 128, 32, 32), (4, 8, 128, 28, 28)),
+}
 RESIDUALS = (None, "after", "before")
 
 
-def replayed(call: Callable[[], Any], repeats: int = 5, rounds: int = 9) -> float:
-    """Milliseconds of a call, captured, as the median of some rounds."""
+def took_ms(call: Callable[[], Any], repeats: int = 5, rounds: int = 9) -> float:
+    """Milliseconds of a call (on a GPU captured), as the median of some rounds."""
     for _ in range(3):
         call()
+    if DEVICE == "cpu":
+        return statistics.median(timeit.repeat(call, number=1, repeat=rounds)) * 1e3
     torch.cuda.synchronize()
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured, stream=torch.cuda.current_stream()):
@@ -48,7 +56,7 @@ def replayed(call: Callable[[], Any], repeats: int = 5, rounds: int = 9) -> floa
 
 
 def numbers(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> Tensor:
-    x = torch.randn(shape, device="cuda").to(dtype)
+    x = torch.randn(shape, device=DEVICE).to(dtype)
     if last:
         x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
     return x.requires_grad_()
@@ -57,7 +65,7 @@ def numbers(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> Tensor:
 def measure(shape: tuple[int, ...], dtype: torch.dtype, last: bool, residual: Any) -> dict:
     x, skip = numbers(shape, dtype, last), numbers(shape, dtype, last)
     weight = torch.randn_like(x)
-    norm = nn.BatchNorm2d(shape[2]).cuda()
+    norm = nn.BatchNorm2d(shape[2]).to(DEVICE)
     fused = nj.nn.NormedNeuron(copy.deepcopy(norm), nj.nn.IF(), residual)
     neuron = nj.nn.IF()
 
@@ -81,8 +89,8 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, last: bool, residual: An
     ]
     target = torch.empty_like(x)
     with torch.no_grad():
-        one = replayed(lambda: target.copy_(x)) / 2
-    took = {name: replayed(call) / one for name, call in (("apart", apart), ("fused", together))}
+        one = took_ms(lambda: target.copy_(x)) / 2
+    took = {name: took_ms(call) / one for name, call in (("apart", apart), ("fused", together))}
     return dict(
         shape=list(shape), dtype=str(dtype)[6:], layout="channels_last" if last else "NCHW",
         residual=residual, pass_us=one * 1e3, error=max(errors), **took,
@@ -107,21 +115,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: this compares kernels of a GPU")
     batch_norm._pays = lambda x: True  # measured where it does not pay, too
-    torch.cuda.set_stream(torch.cuda.Stream())
+    if DEVICE == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())
+    else:
+        torch.set_num_threads(1)
     rows = [
         measure(shape, dtype, last, residual)
-        for shape in SHAPES
-        for dtype in (torch.float32, torch.float16)
+        for shape in SHAPES[DEVICE]
+        for dtype in (torch.float32, torch.float16 if DEVICE == "cuda" else torch.bfloat16)
         for last in (False, True)
         for residual in RESIDUALS
     ]
-    found = {"machine": machine("cuda"), "rows": rows}
+    found = {"machine": machine(DEVICE), "rows": rows}
+    base = args.out / f"batch_norm{'' if DEVICE == 'cuda' else '_cpu'}"
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "batch_norm.json").write_text(json.dumps(found, indent=1) + "\n")
-    (args.out / "batch_norm.md").write_text(page(rows, found["machine"]))
+    base.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    base.with_suffix(".md").write_text(page(rows, found["machine"]))
     print(page(rows, found["machine"]))
 
 

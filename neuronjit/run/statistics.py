@@ -48,17 +48,17 @@ def batch_statistics(
     momentum = running.momentum
     if momentum is None:
         momentum = 0.0 if running.batches is None else 1.0 / float(running.batches)
-    real = checks.arithmetic(x.dtype)
-    kept = running.mean, running.var
-    old_mean, old_var = (None if t is None else t.to(real) for t in kept)
-    flat = x.flatten(0, 1).to(real)
+    real, kept = checks.arithmetic(x.dtype), (running.mean, running.var)
+    # of some dtype in any case: with none, statistics of half precision were rounded to it
+    old = [torch.empty(x.shape[2], dtype=real, device=x.device) if t is None else t.to(real)
+           for t in kept]  # fmt: skip
     # var_mean takes 3 to 14 times as long on a CPU
     _, mean, invstd = torch.native_batch_norm(
-        flat, None, None, old_mean, old_var, True, momentum, eps
+        x.flatten(0, 1), None, None, old[0], old[1], True, momentum, eps
     )
-    for new, old in zip((old_mean, old_var), kept, strict=True):
-        if new is not None and old is not None and new is not old:
-            old.copy_(new)
+    for brought_on, tensor in zip(old, kept, strict=True):
+        if tensor is not None and tensor is not brought_on:
+            tensor.copy_(brought_on)
     sizes = by_channel(x)
     return mean.view(sizes), invstd.view(sizes)
 
