@@ -89,6 +89,7 @@ class _Spikes:
 
 
 _KEY = "neuronjit: spikes"  # in the metadata of autograd's nodes
+_noted: set[str] = set()  # the names of nodes that may have it: others make a dict to be asked
 _known: WeakKeyDictionary[torch.UntypedStorage, _Spikes] = WeakKeyDictionary()
 _NONE: Mapping[str, Tensor] = {}
 
@@ -108,6 +109,7 @@ def note(call: Call, spikes: Tensor, inputs: Mapping[str, Tensor] = _NONE) -> No
     node: Any = spikes.grad_fn
     if node is not None and spikes.output_nr == 0:  # what `_made_of_spikes` relies on
         node.metadata[_KEY] = made
+        _noted.add(node.name())
 
 
 _Combine = Callable[[Iterable[int]], int]
@@ -250,19 +252,24 @@ def _made_of_spikes(x: Tensor) -> _Spikes | None:
     if not most:
         return None
     made = node.metadata[_KEY] = _Spikes(x, most)
+    _noted.add(node.name())
     return made
 
 
 def _past_views(node: Any, output: int) -> Any:
     """The node of autograd that wrote the memory of this result, if as its first result."""
-    while node is not None and node.name() in _VIEWS and _KEY not in node.metadata:
+    while node is not None and (kind := node.name()) in _VIEWS:
+        if kind in _noted and _KEY in node.metadata:
+            break
         node, output = node.next_functions[0]
     return None if output else node
 
 
 def _most(node: Any) -> int:
     """How great the numbers that it wrote can be, as far as is known and they were not changed."""
-    known = None if node is None else node.metadata.get(_KEY)
+    if node is None or node.name() not in _noted:
+        return 0
+    known = node.metadata.get(_KEY)
     return known.most if known is not None and known.unchanged() else 0
 
 
