@@ -347,7 +347,8 @@ def _promised_gradient(t: Tensor, grad: Tensor | None, wanted: bool) -> Tensor:
         return t.new_empty(0)
     if grad is None:
         return torch.zeros_like(t)
-    return grad.sum_to_size(t.shape).to(t.dtype)
+    grad = grad if grad.shape == t.shape else grad.sum_to_size(t.shape)
+    return grad if grad.dtype is t.dtype else grad.to(t.dtype)
 
 
 @torch.library.register_fake("neuronjit::backward")  # type: ignore[untyped-decorator]
