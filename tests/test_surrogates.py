@@ -4,8 +4,10 @@ import copy
 import io
 import json
 import math
+import multiprocessing
 import pickle
 from collections.abc import Callable, Mapping, MutableMapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -420,16 +422,18 @@ def test_numbers_go_into_json_and_keywords(value: Any) -> None:
 
 def _spawned(model: nj.NeuronModel, surrogate: nj.Surrogate) -> tuple[Any, ...]:
     x = torch.full((3, 4), 0.8)
-    return model, surrogate, nj.multistep(model, x, surrogate=surrogate, backend="eager").spikes
+    out = nj.multistep(model, x, surrogate=surrogate, backend="eager")
+    return model, surrogate, out.spikes.tolist()
 
 
 def test_a_spawned_process_gets_and_returns_them() -> None:
     """Whose hashes of strings, and so of models, are others."""
     given = OURS, nj.surrogates.ATan(3.0)
-    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
-        *back, spikes = pool.apply(_spawned, given)
+    # not a multiprocessing.Pool, which may hang when it ends, or when its process does
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        *back, spikes = pool.submit(_spawned, *given).result(timeout=300)
     assert tuple(back) == given and [hash(b) for b in back] == [hash(g) for g in given]
-    assert torch.equal(spikes, _spawned(*given)[2])
+    assert spikes == _spawned(*given)[2]
 
 
 @pytest.mark.parametrize("kind", [float, torch.tensor])
