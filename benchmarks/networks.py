@@ -676,7 +676,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, help="prepare no step after these; 420, or 60 if small"
     )
-    parser.add_argument("--peer-seconds", type=float, default=90, help="limit to prepare one step")
+    parser.add_argument(
+        "--peer-seconds",
+        type=float,
+        default=90,
+        help="limit to prepare a step that is not compiled",
+    )
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
     if not cuda and not args.small:

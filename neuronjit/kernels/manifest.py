@@ -100,7 +100,7 @@ def to_json(spec: Spec) -> dict[str, Any]:
 def from_json(data: Mapping[str, Any]) -> Spec:
     """The spec that `to_json` described. Raises SpecError or InputTypeError for anything else.
 
-    Types are checked here, because JSON brings any; all rules of a spec are KernelSpec's own.
+    Types are checked here, because JSON brings any; all rules of a spec are its class's own.
     """
     made = HelperSpec if "helper" in data else KernelSpec
     kinds = {f.name: _IN_JSON.get(str(f.type), type(data.get(f.name))) for f in fields(made)}

@@ -34,7 +34,7 @@ _CURE = "call neuronjit.nn.unfuse(net) before such changes, and fuse again after
 
 
 def _pays(x: Tensor) -> bool:
-    """Whether one kernel each way is faster than batch norm and neuron apart, on an H100."""
+    """Whether kernels do both: on a GPU where that is faster (on an H100), on a CPU for memory."""
     if not x.is_cuda:
         return not is_compiling()  # compilers fuse batch norms of their own
     return x.numel() * x.itemsize >= FUSED_FROM
@@ -118,10 +118,11 @@ class Norm:
             raise SpecError(f"cannot be fused: {why}")
         self.norm: Any = norm
         self.residual = residual
-        # the neuron's model, where it is known before a call, and the same behind the norm
-        self._model, self._normed = _model_of(neuron), {}
-        if self._model is not None:
-            self._normed = self._within(self._model)
+        # the neuron's model, and the same behind the norm: no compiler could trace how it is made
+        self._model = _model_of(neuron)
+        self._traced = self._model and normed(
+            self._model, None if residual == "after" else residual
+        )
         self.inputs = () if residual is None else ("skip",)
         self.hidden = False
         self.passed: int | None = None  # elements of what the hidden norm handed on
@@ -165,33 +166,30 @@ class Norm:
             backend=backend,
         )  # fmt: skip
         compiling = is_compiling() or checks.is_traced(x)
-        known = self._model is model or self._model == model  # the latter in copies
-        if not known and not compiling:  # nothing that a compiler could trace
-            self._model, self._normed, known = model, self._within(model), True
+        own = self._traced
+        if not compiling:
+            own = normed(model, self.residual)
+        elif not (self._model is model or self._model == model):  # equal in copies
+            own = None
         # what is empty, torch answers
-        if not known or not x.numel() or not _pays(x):
+        if own is None or not x.numel() or not _pays(x):
             return self._apart(model, x, state, skip, {**asked, **params})
-        residual = self.residual
-        later = None  # what a compiler adds to the spikes, by a kernel of its own
-        if compiling and residual == "after" and skip is not None:
-            residual, later, skip = None, skip.to(x.dtype), None
         statistics: Callable[..., tuple[Tensor, Tensor]] = batch_statistics
         in_graph: Callable[..., Output] | None = None
+        residual = self.residual
+        later = None  # what a compiler adds to the spikes, by a kernel of its own
         if compiling:
             from ..run import graph  # registers operators: eager calls need none
 
             statistics, in_graph = graph.statistics, graph.multistep
+            if residual == "after" and skip is not None:
+                residual, later, skip = None, skip.to(x.dtype), None
         mean, invstd, eps = self._statistics(x, backend, statistics)
         out = multistep_normed(
-            self._normed[residual], x, state, mean=mean, invstd=invstd, weight=self.norm.weight,
-            bias=self.norm.bias, eps=eps, skip=skip, residual=residual, params=params,
-            in_graph=in_graph, **asked,
+            own, x, state, mean=mean, invstd=invstd, weight=self.norm.weight, bias=self.norm.bias,
+            eps=eps, skip=skip, residual=residual, params=params, in_graph=in_graph, **asked,
         )  # fmt: skip
         return out if later is None else _added(out, later)
-
-    def _within(self, model: NeuronModel) -> dict[str | None, NeuronModel]:
-        """The model behind the norm, with the residuals that it may have there."""
-        return {of: normed(model, of) for of in {self.residual, None}}
 
     def _apart(
         self, model: NeuronModel, x: Tensor, state: Any, skip: Any, given: dict[str, Any]
@@ -221,7 +219,7 @@ class Norm:
             )
 
     def _statistics(
-        self, x: Tensor, backend: str | None, found: Callable[..., tuple[Tensor, Tensor]]
+        self, x: Tensor, backend: str | None, statistics: Callable[..., tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor, float | None]:
         """As torch.nn.BatchNorm's forward: what normalises x; running statistics are brought on."""
         norm = self.norm
@@ -239,7 +237,7 @@ class Norm:
             running = Running(
                 norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum
             )
-        return *found(x, norm.eps, running, backend), norm.eps
+        return *statistics(x, norm.eps, running, backend), norm.eps
 
 
 def fuse(net: Module) -> int:

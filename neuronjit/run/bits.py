@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -59,9 +60,13 @@ def _ran(pack: bool, flat: Tensor, bits: Tensor, width: int) -> bool:
     numbers, packed = flat.data_ptr(), bits.data_ptr()
     if numbers & 15 or packed & (width - 1) or not flat.is_contiguous():
         return False
-    spec = HelperSpec("pack" if pack else "unpack", NAMES[flat.dtype], width, 32)
-    kernel = helper(spec, flat.device.index)
+    kernel = helper(_spec(pack, NAMES[flat.dtype], width), flat.device.index)
     if kernel is None:
         return False
     kernel.launch(_pack_arguments(numbers, packed, count), kernel.grid(count, None), count, 1)
     return True
+
+
+@cache
+def _spec(pack: bool, dtype: str, width: int) -> HelperSpec:
+    return HelperSpec("pack" if pack else "unpack", dtype, width, 32)

@@ -168,7 +168,7 @@ class Compiled:
         return self._made["backward"](self.call.__self__, *given)
 
     def twice(self, weight: int, bias: int, sums: int, scaled: int, after: int | None) -> None:
-        """Let autograd's backward of the plan go twice over the sequence, as normed.py says."""
+        """Let autograd's backward of the plan go twice over the sequence, as two_passes.py says."""
         last = -1 if after is None else after
         self._made["twice"](self.call.__self__, weight, bias, sums, scaled, last)
 

@@ -39,7 +39,7 @@ from .plan import (
     plans,
 )
 from .statistics import Running, batch_statistics, by_channel
-from .two_passes import TwoPasses
+from .two_passes import two_passes
 
 # older versions of torch cannot tell: there, a new number makes a new graph
 has_static_value = getattr(symbolic_shapes, "has_static_value", lambda number: True)
@@ -320,7 +320,7 @@ def _backward(
     ready, others = plan.prepare(x, own)
     told = _read(call)
     if told.twice:
-        results = TwoPasses(plan, told.names, None).backward(ready, held, others, grads, asked)
+        results = two_passes(plan, told.names).backward(ready, held, others, grads, asked)
     else:
         results = backward(plan, ready, held, others, grads, asked)
     results += [None] * (len(tensors) - len(own))

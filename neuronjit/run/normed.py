@@ -27,7 +27,7 @@ from .autograd import apply, find, multistep
 from .call import Output
 from .plan import KernelPlan, fall_back, output
 from .statistics import by_channel
-from .two_passes import AFFINE, SUMS, TwoPasses
+from .two_passes import AFFINE, SUMS, two_passes
 
 _NORMED = """
 norm_scale = norm_invstd * norm_weight
@@ -131,10 +131,9 @@ def multistep_normed(
     if isinstance(plan, KernelPlan):
         if tracing() or transformed():
             raise BackendError("a fused batch norm is no part of torch.jit.trace and torch.func")
-        if plan.twice is None:
-            plan.twice = TwoPasses(plan, plan.given, residual)
         try:
-            out = output(plan.call, apply(plan.twice, x, tensors))
+            both = two_passes(plan, plan.given, residual)
+            out = output(plan.call, apply(both, x, tensors))
         except (BackendError, CompileError) as error:
             fall_back(plan, error)
         else:

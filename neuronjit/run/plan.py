@@ -170,6 +170,8 @@ def output(call: Call, outputs: Sequence[Tensor]) -> Output:
 class EagerPlan:
     """The equations in eager PyTorch, operation by operation."""
 
+    twice: Any = None  # the same with a backward of two passes, once it was asked for: `two_passes`
+
     def __init__(self, call: Call, values: Values) -> None:
         self.call = call
         # without the tensors: a plan that is kept must not keep them alive
@@ -292,6 +294,8 @@ class _Arriving(NamedTuple):
 class KernelPlan:
     """One compiled kernel forward, one backward, for each alignment and set of gradients."""
 
+    twice: Any = None  # as an EagerPlan's
+
     def __init__(self, call: Call, target: str, x: Tensor, values: Values) -> None:
         self.call, self.target = call, target
         model = call.model
@@ -353,7 +357,6 @@ class KernelPlan:
         self._launches: dict[bool, _Launch] = {}  # of forward, by whether addresses are aligned
         self._arrivals: dict[Any, _Arriving] = {}
         self.compiled = front_end.compiled(self, x, given, gradients, is_gone)
-        self.twice: Any = None  # whose backward goes twice over the sequence: see `normed`
 
     def _channels(self) -> Channels | None:
         """Those with which threads stay, where all parameters that have channels repeat alike."""

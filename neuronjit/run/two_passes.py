@@ -14,13 +14,22 @@ AFFINE = ("norm_mean", "norm_invstd", "norm_weight", "norm_bias")
 SUMS = ("norm_sum", "norm_sum_scaled")
 
 
+def two_passes(
+    plan: KernelPlan | EagerPlan, given: Sequence[str], residual: str | None = None
+) -> TwoPasses:
+    """The plan with such a backward, made once; `given` are the names of its tensors."""
+    if plan.twice is None:
+        plan.twice = TwoPasses(plan, given, residual)
+    made: TwoPasses = plan.twice
+    return made
+
+
 class TwoPasses:
     """A plan whose backward goes twice over the sequence: for the sums, then for x's gradient."""
 
     def __init__(
         self, plan: KernelPlan | EagerPlan, given: Sequence[str], residual: str | None
     ) -> None:
-        """`given` are the names of the plan's tensors."""
         self.plan, self.call = plan, plan.call
         self.prepare, self.forward = plan.prepare, plan.forward
         at = given.index
