@@ -14,15 +14,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
-from support import check, inputs, quotients, starts
+from support import check, compare_pooling, inputs, poolings, quotients, starts
 
 from neuronjit.kernels import render, spec
 from neuronjit.kernels.targets import cpu, cuda
-from neuronjit.run import bits, statistics
+from neuronjit.run import bits, pooling, statistics
 
 SHIM = """
 #include <cmath>
@@ -165,7 +165,7 @@ def check_helpers(folder, dtype):
     def on_host(given, device):
         return OnHost(given, folder)
 
-    bits.helper = statistics.helper = on_host
+    bits.helper = statistics.helper = pooling.helper = on_host
     check_bits(dtype)
     shapes = [
         (2, 2, 3, 5, 5),
@@ -180,7 +180,13 @@ def check_helpers(folder, dtype):
             check_statistics(shape, last, dtype)
     x = torch.randn(4 * 3 * 16 * 8 + 1).to(dtype)[1:].view(4, 3, 16, 8)  # not aligned
     compare_statistics(x)
-    assert on_host.cache_info().currsize > 10
+    for x, size, ceil_mode in poolings(dtype, "cpu"):
+        plan = pooling._Pooling(x, size, ceil_mode)
+        assert plan.has_kernels()
+        y, places = plan.forward(x, save=True)
+        assert torch.equal(plan.forward(x, save=False)[0].nan_to_num(9), y.nan_to_num(9))
+        compare_pooling(x, size, ceil_mode, y, partial(plan.backward, places=places))
+    assert on_host.cache_info().currsize > 20
 
 
 def check_statistics(shape, last, dtype):

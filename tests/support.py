@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -300,3 +301,47 @@ def check(
             floor = 0.1 if key == "x" or key.startswith("state.") else 1.0
             assert_near(mine, reference, GRADIENT_TOLERANCE[x.dtype], f"gradient of {key}", floor)
     return got
+
+
+# --- max pooling ----------------------------------------------------------------------------------
+
+POOLED = [
+    (2, 3, 8, 8), (1, 16, 6, 4), (3, 5, 7, 9), (2, 8, 5, 16), (1, 1, 2, 2), (2, 4, 3, 1),
+    (4, 2, 16, 32), (1, 24, 4, 6), (2, 7, 9, 10),
+]  # fmt: skip
+
+
+def poolings(dtype: torch.dtype, device: str) -> Iterator[tuple[Tensor, int, bool]]:
+    """Inputs with ties and without, with NaN and infinities, aligned or not, in both layouts."""
+    generator = torch.Generator().manual_seed(0)
+    for shape, size, ceil_mode in itertools.product(POOLED, (2, 3), (False, True)):
+        if size == 2 and not ceil_mode and min(shape[2:]) < 2:
+            continue  # nothing comes out, which torch refuses
+        count = math.prod(shape)
+        numbers = torch.randn(count + 1, generator=generator)
+        if shape[1] % 2:
+            numbers = (numbers > 0).float()
+        elif shape[0] == 2:
+            numbers[::7], numbers[1::11], numbers[2::5] = math.nan, math.inf, -math.inf
+        numbers = numbers.to(device, dtype)
+        for flat in (numbers[:-1], numbers[1:]):
+            x = flat.view(shape)
+            n, c, h, w = shape
+            yield x, size, ceil_mode
+            yield flat.view(n, h, w, c).permute(0, 3, 1, 2), size, ceil_mode
+
+
+def compare_pooling(
+    x: Tensor, size: int, ceil_mode: bool, y: Tensor, back: Callable[[Tensor], Tensor]
+) -> None:
+    """A max pooling and its gradient against torch's, on the CPU in float64."""
+    leaf = x.detach().cpu().double().requires_grad_()
+    want = torch.nn.functional.max_pool2d(leaf, size, 2, size - 2, ceil_mode=ceil_mode)
+    assert y.dtype == x.dtype
+    torch.testing.assert_close(y.cpu().double(), want, rtol=0, atol=0, equal_nan=True)
+    grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+    want.backward(grad.double())
+    for given in (grad, grad.transpose(2, 3).contiguous().transpose(2, 3)):
+        got = back(given.to(x.device))
+        assert got.shape == x.shape and got.dtype == x.dtype
+        torch.testing.assert_close(got.cpu(), leaf.grad.to(x.dtype))

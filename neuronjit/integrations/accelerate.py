@@ -16,6 +16,7 @@ from typing import Any
 from torch.nn import Module
 
 from ..errors import AccelerationError, InputTypeError, NeuronJitError
+from ..nn import pooling
 from ..nn.batch_norm import fusable, join, part
 from . import classes, norse, snntorch, spikingjelly
 from .proof import Proof, prove
@@ -46,6 +47,7 @@ class Report:
     layers: tuple[Layer, ...]
     libraries: str  # the libraries met, with their versions and those that were tested
     proof: Proof | None = None
+    poolings: tuple[str, ...] = ()  # the paths of max poolings that kernels of ours do on a GPU
 
     @property
     def accelerated(self) -> list[Layer]:
@@ -72,6 +74,9 @@ class Report:
             rows.append((layer.path or "(the model)", layer.kind, said))
         wide = [max(len(row[column]) for row in rows) for column in (0, 1)]
         table = [f"{path:{wide[0]}}  {kind:{wide[1]}}  {said}" for path, kind, said in rows]
+        if self.poolings:
+            where = ", ".join(self.poolings)
+            table.append(f"max pooling with a byte a window for backward, on a GPU: {where}")
         proof = [] if self.proof is None else [str(self.proof)]
         return "\n".join([f"{counted} ({self.libraries})", *table, *proof])
 
@@ -94,8 +99,8 @@ def accelerate(
             states and the generators of random numbers stay as they are.
         strict: raise where a neuron is skipped, none is found, or the sample shows a difference.
         fuse: nodes of SpikingJelly do the batch norm that they follow, in their kernels, where
-            `neuronjit.nn.fuse` would find the two; the report says where not, and why. The sample
-            is then compared in float64 as well, which decides.
+            `neuronjit.nn.fuse` would find the two; the report says where not, and why. Max poolings
+            become ours as there. The sample is then compared in float64 as well, which decides.
 
     Returns:
         A report: `print` it, or read `layers`, `accelerated`, `skipped` and `proof`.
@@ -109,12 +114,14 @@ def accelerate(
     found = list(_find(model))
     paths = [layer.path for layer, _, new in found if new]
     layers, norms = _with_norms(model, [layer for layer, *_ in found], fuse)
-    swap = partial(_swap, norms=norms)
+    pools = [path for path, _ in pooling.poolings(model)] if fuse else []
+    swap = partial(_swap, norms=norms, pools=pools)
     changed = [*dict.fromkeys([*paths, *norms])]
     proof = None
     if sample is not None and changed:
         proof = prove(model, changed, swap, sample, fused=bool(norms))
-    report = Report(tuple(layers), _libraries(found), proof)
+    light = [path for path, module in model.named_modules() if pooling.is_light(module)]
+    report = Report(tuple(layers), _libraries(found), proof, (*light, *pools))
     if strict and (not report.layers or report.skipped):
         raise AccelerationError(f"strict=True, and not all is accelerated: {report}", report)
     if strict and proof is not None and not proof.same:
@@ -133,6 +140,8 @@ def restore(model: Module) -> int:
     for module in changed:
         part(module)
         module.__class__ = module._neuronjit_origin
+    for pool in model.modules():
+        pooling.restore(pool)
     return len(changed)
 
 
@@ -183,8 +192,13 @@ def _with_norms(
     return told, norms
 
 
-def _swap(model: Module, paths: Iterable[str], norms: Mapping[str, str]) -> None:
-    """Give the neurons at these paths their new classes, and some their norms; all or none."""
+def _swap(
+    model: Module, paths: Iterable[str], norms: Mapping[str, str], pools: Iterable[str]
+) -> None:
+    """Give the neurons at these paths their new classes, and some their norms; all or none.
+
+    And the max poolings at their paths our kernels.
+    """
     done: list[tuple[Module, type]] = []
     try:
         for path in paths:
@@ -200,6 +214,8 @@ def _swap(model: Module, paths: Iterable[str], norms: Mapping[str, str]) -> None
         raise AccelerationError(f"{path} cannot be changed: {error}; nothing was") from None
     for path, norm in norms.items():
         join(model.get_submodule(norm), model.get_submodule(path))
+    for path in pools:
+        pooling.lighten(model.get_submodule(path))
 
 
 def _libraries(found: Any) -> str:

@@ -1,4 +1,4 @@
-"""CUDA kernels beside those of neurons: whole numbers as bits, a batch norm's statistics."""
+"""CUDA kernels beside those of neurons: numbers as bits, statistics of batch norms, max pooling."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ HELPERS = {
     "unpack": _Helper("bits.cu.j2", (1, 2, 4, 8), (32,)),
     "moments": _Helper("statistics.cu.j2", (1, 2, 4), (1, 2, 4, 8)),  # size: rows loaded together
     "statistics": _Helper("statistics.cu.j2", (1,), (1,)),
+    "max_pool": _Helper("pooling.cu.j2", (2, 3), (1, 2, 4, 8)),  # size: of a window; channels_last
+    "max_pool_back": _Helper("pooling.cu.j2", (2, 3), (1, 2, 4, 8)),
+    "max_pool_rows": _Helper("pooling.cu.j2", (2, 3), (1, 2, 4)),  # rows of one channel
+    "max_pool_rows_back": _Helper("pooling.cu.j2", (2, 3), (1, 2, 4)),
 }
 
 

@@ -22,6 +22,7 @@ from ..run.statistics import Running, batch_statistics
 from ..torch_private import current_backward, has_hooks
 from .neuron import Neuron
 from .pairs import has_forward, preceding
+from .pooling import lighten, poolings, restore
 
 # bytes of x_seq: below, a GPU takes longer for the launches that a fused batch norm has more
 FUSED_FROM = 12 << 20
@@ -253,7 +254,12 @@ def fuse(net: Module) -> int:
 
     Neurons are layers of this module, and nodes of SpikingJelly after `neuronjit.accelerate`.
     Parameters, buffers and the keys of `state_dict` stay; `unfuse` undoes it.
+
+    On a GPU, max poolings by two (windows of 2, or of 3 with a padding of 1) are kernels of ours as
+    well, which keep a byte a window for backward, where torch keeps 8 and the input.
     """
+    for _, pool in poolings(net):
+        lighten(pool)
     neurons = {module for module in net.modules() if hasattr(module, "_norm")}
     pairs = [(n, norm) for n, norm in fusable(net, neurons).items() if isinstance(norm, Module)]
     for neuron, norm in pairs:
@@ -262,7 +268,9 @@ def fuse(net: Module) -> int:
 
 
 def unfuse(net: Module) -> int:
-    """Undo `fuse`; how many were undone."""
+    """Undo `fuse`; how many batch norms were fused."""
+    for module in net.modules():
+        restore(module)
     return sum([part(module) for module in net.modules()])
 
 

@@ -222,7 +222,7 @@ _VIEWS = {
 # operations whose results are whole numbers where their inputs are, and how great these can be
 _COPIES = (
     "CloneBackward0", "MaxPool2DWithIndicesBackward0", "MaxPool3DWithIndicesBackward0",
-    "ToCopyBackward0",
+    "ToCopyBackward0", "_MaxPoolBackward",
 )  # fmt: skip
 _GREATEST: dict[str, _Combine] = {
     **dict.fromkeys((*_COPIES, "CatBackward0", "StackBackward0"), max),

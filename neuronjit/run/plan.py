@@ -323,11 +323,12 @@ class KernelPlan:
         self.numbers = {name: numbers.get(name, 0.0) for name in (*self.states, *self.params)}
         # what kernels read, and backward is given again, whatever hooks did to it in between
         self._x = (x.shape, self.dtype, self.device, (self.n, *self.strides))
+        self._state = (self.shape, self.real, self.device, self.strides)
         per_step = (self.T, *(1 for _ in self.shape))
         self.saved: list[_Saved] = []
         for name, t in given.items():
             if name in model.state:
-                saved: _Saved = (self.shape, self.real, self.device, self.strides)
+                saved: _Saved = self._state
             elif name in self.per_step:
                 saved = (torch.Size(per_step), self.real, self.device, (1,) * len(per_step))
             elif name in self.inputs:
@@ -423,15 +424,8 @@ class KernelPlan:
             checkpoints = _as_saved(checkpoints, self.checkpoints, lambda: "the checkpoints")
         arriving = self._arriving(tuple([g is not None for g in grads]), tuple(wanted))
         last = 1 + len(self.final)
-        arrived = [
-            self._arrived(g, x.shape, x.stride(), self.dtype)
-            for g in (grads[0], *grads[last:])
-            if g is not None
-        ]
-        ends = [
-            None if g is None else self._arrived(g, self.shape, self.strides, self.real)
-            for g in grads[1:last]
-        ]
+        arrived = [as_arrived(g, self._x) for g in (grads[0], *grads[last:]) if g is not None]
+        ends = [None if g is None else as_arrived(g, self._state) for g in grads[1:last]]
         x_grad = torch.empty_like(x) if wanted[0] else None
         own: dict[str, Tensor] = {}
         for name, want in zip(self.given, wanted[1:], strict=True):
@@ -519,35 +513,6 @@ class KernelPlan:
             return x, tensors
         saved = zip(self.given, tensors, self.saved, strict=True)
         return x, [_as_saved(t, was, partial(label_of, model, name)) for name, t, was in saved]
-
-    def _arrived(
-        self, grad: Tensor, shape: Sequence[int], strides: layout.Strides, dtype: torch.dtype
-    ) -> Tensor:
-        """A gradient that arrives, as the kernel reads it."""
-        if (
-            grad.layout is torch.strided
-            and grad.stride() == strides
-            and grad.shape == shape
-            and grad.dtype is dtype
-            and grad.device == self.device
-            and not grad.is_neg()
-            and grad.data_ptr()
-        ):
-            return grad  # nearly all are so
-        if grad.layout is not torch.strided:
-            grad = grad.to_dense()
-        if grad.dtype != dtype or grad.shape != shape or grad.device != self.device:
-            raise SpecError(
-                f"a gradient arrives as {tuple(grad.shape)}, {grad.dtype}, {grad.device}; expected"
-                f" {tuple(shape)}, {dtype}, {self.device}: a hook has changed it"
-            )
-        if is_zero_tensor(grad):
-            grad = torch.zeros_like(grad)
-        if grad.stride() != strides or grad.is_neg():
-            grad = layout.in_layout(grad, shape, strides)
-        if not grad.data_ptr():
-            check_memory(["a gradient that arrives"], [grad])
-        return grad
 
     def _addresses(self, tensors: Sequence[Tensor]) -> tuple[Sequence[int], list[Tensor]]:
         """Where `_members` lie, 0 for numbers; and what must stay alive until the launch."""
@@ -647,6 +612,35 @@ def _as_saved(tensor: Tensor, was: tuple[Any, ...], label: Callable[[], str]) ->
     if (strides is None or tensor.stride() == strides) and not tensor.is_neg():
         return tensor  # nearly all are so
     return layout.in_layout(tensor, shape, tensor.stride() if strides is None else strides)
+
+
+def as_arrived(grad: Tensor, how: _Saved) -> Tensor:
+    """A gradient that arrives, as a kernel reads it. Raises SpecError where a hook changed it."""
+    shape, dtype, device, strides = how
+    if (
+        grad.layout is torch.strided
+        and grad.stride() == strides
+        and grad.shape == shape
+        and grad.dtype is dtype
+        and grad.device == device
+        and not grad.is_neg()
+        and grad.data_ptr()
+    ):
+        return grad  # nearly all are so
+    if grad.layout is not torch.strided:
+        grad = grad.to_dense()
+    if grad.dtype != dtype or grad.shape != shape or grad.device != device:
+        raise SpecError(
+            f"a gradient arrives as {tuple(grad.shape)}, {grad.dtype}, {grad.device}; expected"
+            f" {tuple(shape)}, {dtype}, {device}: a hook has changed it"
+        )
+    if is_zero_tensor(grad):
+        grad = torch.zeros_like(grad)
+    if grad.stride() != strides or grad.is_neg():
+        grad = layout.in_layout(grad, shape, strides or grad.stride())
+    if not grad.data_ptr():
+        check_memory(["a gradient that arrives"], [grad])
+    return grad
 
 
 def _pointer(tensor: Tensor | None) -> int:

@@ -1,0 +1,64 @@
+"""Max poolings of a network that keep a byte a window for backward, on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import MaxPool2d, Module
+
+from ..run.pooling import SIZES, max_pool2d
+from .pairs import has_forward
+
+# by kernel_size, stride, padding and dilation: the window of a kernel
+_WINDOWS: dict[tuple[Any, ...], int] = {
+    ((size, size), (2, 2), (size - 2, size - 2), (1, 1)): size for size in SIZES
+}
+
+
+def poolings(net: Module) -> Iterator[tuple[str, Module]]:
+    """The max poolings of `net` that a kernel can do, and their paths: torch's, SpikingJelly's."""
+    for path, module in net.named_modules():
+        if "forward" not in vars(module) and _window(module):
+            yield path, module
+
+
+def lighten(pool: Module) -> None:
+    """Let a kernel do a max pooling, where there is one for what arrives; `restore` undoes it."""
+    pool.forward = partial(_forward, pool)
+
+
+def restore(pool: Module) -> None:
+    """Leave a max pooling to torch again."""
+    if is_light(pool):
+        del pool.forward
+
+
+def is_light(pool: Module) -> bool:
+    """Whether `lighten` was called."""
+    return getattr(vars(pool).get("forward"), "func", None) is _forward
+
+
+def _window(pool: Any) -> int:
+    """The size of its windows; 0 where they, or its forward, are others than those of kernels."""
+    own = isinstance(pool, MaxPool2d) and (
+        type(pool).forward is MaxPool2d.forward or has_forward(pool, "MaxPool2d")
+    )
+    if not own or pool.return_indices:
+        return 0
+    sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    return _WINDOWS.get(tuple(n if isinstance(n, tuple) else (n, n) for n in sizes), 0)
+
+
+def _forward(pool: Any, x: Any) -> Any:
+    """As the pooling's own. Its attributes are read at each call, because they may change."""
+    folded = getattr(pool, "step_mode", "s") == "m"  # SpikingJelly's, which is given [T, N, *]
+    # compilers keep offsets of a byte themselves
+    if isinstance(x, Tensor) and x.dim() == 4 + folded and not is_compiling():
+        y = max_pool2d(x.flatten(0, 1) if folded else x, _window(pool), pool.ceil_mode)
+        if y is not None:
+            return y.unflatten(0, x.shape[:2]) if folded else y
+    return type(pool).forward(pool, x)
