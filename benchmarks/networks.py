@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ from neuronjit.kernels import build
 
 RESULTS = Path(__file__).parent / "results"
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = ("float16", "float32", "bfloat16")
 # how a step runs, and what that is called
 MODES = {
     "eager": "Eager: Python starts every operation",
@@ -443,7 +444,7 @@ class Turn:
             return
         for mode in self.modes:
             for whose in COMPILE if mode in COMPILED else WHOSE:
-                if whose not in LIBRARIES[library]:
+                if whose not in LIBRARIES[library] or whose not in run.args.whose.split(","):
                     continue
                 if time.perf_counter() - run.started > run.args.seconds:
                     late.append(mode)
@@ -521,8 +522,8 @@ def turns(args: argparse.Namespace, device: str) -> Iterator[Turn]:
 
 def place(row: Row) -> tuple[int, ...]:
     """Where a row stands in the tables: by network, then by dtype and layout."""
-    dtypes, layouts = ["float16", "float32", "bfloat16"], ["channels_last", "", "NCHW"]
-    kinds = dtypes.index(row["dtype"]), layouts.index(row["layout"])
+    layouts = ["channels_last", "", "NCHW"]
+    kinds = DTYPES.index(row["dtype"]), layouts.index(row["layout"])
     return ([*NETWORKS].index(row["network"]), *kinds, row["turn"])
 
 
@@ -671,6 +672,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the files")
     parser.add_argument("--only", default=",".join(NETWORKS), help="networks")
     parser.add_argument("--modes", help=f"of {','.join(MODES)}; on a CPU eager, else eager,graph")
+    parser.add_argument("--whose", default=",".join(WHOSE), help="neurons, the columns")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="of the rows")
+    parser.add_argument("--name", default="networks", help="of the files")
     parser.add_argument("--add", action="store_true", help="to the results that the folder has")
     parser.add_argument("--small", action="store_true", help="reduced sizes: does it run?")
     parser.add_argument(
@@ -687,7 +691,10 @@ def arguments() -> argparse.Namespace:
     if not cuda and not args.small:
         parser.error("no CUDA device; these networks are too large for a CPU without --small")
     args.modes = args.modes or ("eager,graph" if cuda else "eager")
-    for given, known in ((args.only, NETWORKS), (args.modes, MODES)):
+    listed: list[tuple[str, Iterable[str]]] = [
+        (args.only, NETWORKS), (args.modes, MODES), (args.whose, WHOSE), (args.dtypes, DTYPES),
+    ]  # fmt: skip
+    for given, known in listed:
         if unknown := set(given.split(",")) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}. Known: {','.join(known)}")
     if not cuda and {"graph", "overhead"} & set(args.modes.split(",")):
@@ -703,7 +710,7 @@ def main() -> None:
     run = Run("cuda" if torch.cuda.is_available() else "cpu", args)
     run.measured = f"{datetime.date.today()}, neuronjit {build.version()}"
     if args.add:
-        earlier = json.loads((args.out / "networks.json").read_text())
+        earlier = json.loads((args.out / f"{args.name}.json").read_text())
         run.rows, run.notes = earlier["rows"], earlier["notes"]
         run.turn = 1 + max(row["turn"] for row in run.rows)
     if run.device == "cuda":
@@ -717,6 +724,8 @@ def main() -> None:
             name = args.only.split(",")[0]
             Turn(name, "float32", NETWORKS[name].layouts[-1], ()).prepare("none", "eager", run)
         for turn in turns(args, run.device):
+            if turn.dtype not in args.dtypes.split(","):
+                continue
             with run.attempt(str(turn), limit=1e6):
                 turn.measure(run)
             turn.calls.clear()
@@ -725,11 +734,11 @@ def main() -> None:
             if run.device == "cuda":
                 torch.cuda.empty_cache()
             run.rows.sort(key=place)
-            text = page(run, save(run, "networks"))
-            (args.out / "networks.md").write_text(text)
+            text = page(run, save(run, args.name))
+            (args.out / f"{args.name}.md").write_text(text)
     print(text)
     with run.attempt("the picture"):  # matplotlib may not be there
-        plot(run.rows, args.out / "networks.png", f"Training steps, {run.device}")
+        plot(run.rows, args.out / f"{args.name}.png", f"Training steps, {run.device}")
 
 
 if __name__ == "__main__":

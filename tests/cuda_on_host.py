@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -180,7 +181,7 @@ def check_helpers(folder, dtype):
             check_statistics(shape, last, dtype)
     x = torch.randn(4 * 3 * 16 * 8 + 1).to(dtype)[1:].view(4, 3, 16, 8)  # not aligned
     compare_statistics(x)
-    for x, size, ceil_mode in poolings(dtype, "cpu"):
+    for x, size, ceil_mode in islice(poolings(dtype, "cpu"), 0, None, 3):
         plan = pooling._Pooling(x, size, ceil_mode)
         assert plan.has_kernels()
         y, places = plan.forward(x, save=True)

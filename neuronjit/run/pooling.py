@@ -5,6 +5,7 @@ torch keeps eight of each window, and the input. Values and gradients are the sa
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import Any
 
@@ -65,11 +66,11 @@ class _Pooling:
         # no window begins behind the last number
         outs = [min((a + size - 4 + ceil_mode) // 2, (a + size - 3) // 2) + 1 for a in axes]
         last = not x.is_contiguous()
-        kind, along, each = "max_pool", c if last else 1, 1
+        kind, along = "max_pool", c if last else 1
         aligned = not x.data_ptr() & 15
         most = 16 // x.itemsize if aligned else 1
         if not last and aligned and axes[1] == 2 * outs[1]:
-            kind, along, each, most = "max_pool_rows", outs[1], 2, max(most // 2, 1)
+            kind, along, most = "max_pool_rows", outs[1], max(most // 2, 1)
         lanes = max(m for m in HELPERS[kind].lanes if m <= most and not along % m)
         self._specs = [
             HelperSpec(name, NAMES[x.dtype], size, lanes) for name in (kind, f"{kind}_back")
@@ -81,7 +82,8 @@ class _Pooling:
             memory_format=torch.channels_last if last else torch.contiguous_format,
         )
         self._x, self._y = ((t.shape, x.dtype, x.device, t.stride()) for t in (x, y))
-        self._works = y.numel(), x.numel() // each  # of both, a lane each
+        # the windows there are, and the places two by two of x, which may be one more an axis
+        self._works = y.numel(), n * c * math.prod((a + 1) // 2 for a in axes)
         self._sizes = (*axes, *outs, c // lanes if last else 1)
 
     def has_kernels(self) -> bool:
