@@ -49,7 +49,7 @@ def test_they_pass_through_manifests() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(helper="unlink"), "unknown helper .unlink.. Known: moments, pack"),
+        (dict(helper="unlink"), "unknown helper .unlink.. Known: max_pool, max_pool_back"),
         (dict(dtype="int8"), "unknown dtype 'int8'"),
         (dict(size=3), r"pack has the sizes \[1, 2, 4, 8\] and lanes \[32\], not size=3, lanes=32"),
         (dict(lanes=True), "lanes"),
