@@ -110,7 +110,7 @@ def test_others_are_torchs(queued: list[str], monkeypatch: pytest.MonkeyPatch) -
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         tangent = torch.autograd.forward_ad.unpack_dual(pool(dual)).tangent
         assert torch.equal(tangent, torch.ones_like(right))
-    assert torch.equal(torch.jit.trace(pool, x)(x), right)
+    assert torch.equal(torch.jit.trace(pool, x, check_trace=False)(x), right)
     monkeypatch.setenv("NEURONJIT_BACKEND", "eager")
     assert torch.equal(pool(x), right)
     monkeypatch.delenv("NEURONJIT_BACKEND")
@@ -144,7 +144,7 @@ def test_attributes_may_change(queued: list[str]) -> None:
 def test_derivatives() -> None:
     x = torch.randn(2, 4, 6, 6, device="cuda", requires_grad=True)
     y = light(2)(x)
-    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="first derivatives only"):
         grad.square().sum().backward()
     y = light(2)(x)

@@ -55,10 +55,11 @@ def _window(pool: Any) -> int:
 
 def _forward(pool: Any, x: Any) -> Any:
     """As the pooling's own. Its attributes are read at each call, because they may change."""
+    size = _window(pool)
     folded = getattr(pool, "step_mode", "s") == "m"  # SpikingJelly's, which is given [T, N, *]
     # compilers keep offsets of a byte themselves
-    if isinstance(x, Tensor) and x.dim() == 4 + folded and not is_compiling():
-        y = max_pool2d(x.flatten(0, 1) if folded else x, _window(pool), pool.ceil_mode)
+    if size and isinstance(x, Tensor) and x.dim() == 4 + folded and not is_compiling():
+        y = max_pool2d(x.flatten(0, 1) if folded else x, size, pool.ceil_mode)
         if y is not None:
             return y.unflatten(0, x.shape[:2]) if folded else y
     return type(pool).forward(pool, x)
