@@ -20,7 +20,7 @@ from neuronjit.nn.pooling import lighten
 SHAPES = {  # [T * N, C, H, W] of the networks' stems, and the windows
     "SEW-ResNet-18": ((128, 64, 112, 112), (3, 2, 1)),
     "CIFAR10Net": ((256, 256, 32, 32), (2,)),
-    "VGG (DVS)": ((256, 64, 48, 48), (2,)),
+    "a VGG's stem": ((256, 64, 48, 48), (2,)),
 }
 
 

@@ -173,7 +173,7 @@ def test_a_network(dtype: torch.dtype, fused: bool, device: str, monkeypatch: An
     saved = Saved(monkeypatch)
     got = step(net, x, nj.packed_spikes, times=3)
     assert_all_same_bits(got, want)
-    # convolution, linear and pooling read spikes; fused on a GPU, pooling keeps only where they were
+    # convolution, linear and pooling read spikes; fused on a GPU, pooling does not keep them
     assert len(saved.spikes) == (6 if fused and device == "cuda" else 9)
     assert not any(saved.kept()) and not packed._known
 

@@ -312,6 +312,10 @@ def test_accelerate() -> None:
     assert "max pooling with a byte a window for backward, on a GPU: 3\n" in str(report)
     assert nj.accelerate(net, fuse=True).poolings == ("3",)
     functional.reset_net(net)
+    y = net(x)
+    functional.reset_net(net)
+    assert torch.equal(torch.compile(net, fullgraph=True, backend="eager")(x), y)
+    functional.reset_net(net)
     functional.set_step_mode(net, "s")
     assert net[3](x[0]).shape == (2, 2, 4, 4)
     net[3].step_mode = "m"

@@ -22,7 +22,12 @@ _WINDOWS: dict[tuple[Any, ...], int] = {
 def poolings(net: Module) -> Iterator[tuple[str, Module]]:
     """The max poolings of `net` that a kernel can do, and their paths: torch's, SpikingJelly's."""
     for path, module in net.named_modules():
-        if "forward" not in vars(module) and _window(module):
+        if (
+            isinstance(module, MaxPool2d)
+            and (type(module).forward is MaxPool2d.forward or has_forward(module, "MaxPool2d"))
+            and "forward" not in vars(module)
+            and _window(module)
+        ):
             yield path, module
 
 
@@ -43,22 +48,19 @@ def is_light(pool: Module) -> bool:
 
 
 def _window(pool: Any) -> int:
-    """The size of its windows; 0 where they, or its forward, are others than those of kernels."""
-    own = isinstance(pool, MaxPool2d) and (
-        type(pool).forward is MaxPool2d.forward or has_forward(pool, "MaxPool2d")
-    )
-    if not own or pool.return_indices:
-        return 0
+    """The size of its windows, if kernels have such; else 0."""
     sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-    return _WINDOWS.get(tuple(n if isinstance(n, tuple) else (n, n) for n in sizes), 0)
+    size = _WINDOWS.get(tuple(n if isinstance(n, tuple) else (n, n) for n in sizes), 0)
+    return 0 if pool.return_indices else size
 
 
 def _forward(pool: Any, x: Any) -> Any:
     """As the pooling's own. Its attributes are read at each call, because they may change."""
-    size = _window(pool)
+    if is_compiling():  # compilers keep a byte a window themselves
+        return type(pool).forward(pool, x)
     folded = getattr(pool, "step_mode", "s") == "m"  # SpikingJelly's, which is given [T, N, *]
-    # compilers keep offsets of a byte themselves
-    if size and isinstance(x, Tensor) and x.dim() == 4 + folded and not is_compiling():
+    size = _window(pool)
+    if size and isinstance(x, Tensor) and x.dim() == 4 + folded:
         y = max_pool2d(x.flatten(0, 1) if folded else x, size, pool.ceil_mode)
         if y is not None:
             return y.unflatten(0, x.shape[:2]) if folded else y
