@@ -12,12 +12,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peers import DTYPES, OURS, PEERS, Call, Work
+from tables import Goal, goal_table, page, plot
 
 Row = dict[str, Any]
 SECTIONS = "kernels,chain,memory,calls,onm,scaling,first-call"
@@ -36,16 +36,6 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--compile-max-t", type=int, default=64, help="largest T to torch.compile")
     parser.add_argument("--seconds", type=float, default=1e9, help="skip what is left after these")
     return parser
-
-
-@dataclass(frozen=True)
-class Goal:
-    """Something to hold on every work that was measured for it."""
-
-    text: str
-    values: list[float]
-    asked: float
-    at_most: bool = False
 
 
 class Run:
@@ -261,8 +251,6 @@ def save(run: Run, name: str) -> Row:
 
 def report(run: Run, name: str, goals: list[Goal]) -> None:
     """Write NAME.json, NAME.md and NAME.png, and print the table of goals."""
-    from tables import goal_table, page, plot
-
     machine, base = save(run, name), run.args.out / name
     base.with_suffix(".md").write_text(page(machine, goals, run.rows, run.notes))
     with run.attempt("the plot"):  # matplotlib may not be there

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import sections
 import torch
-from common import Goal, Run, arguments, find, report, speedups
+from common import Run, arguments, find, report, speedups
 from peers import DTYPES, LOOPS, OURS, SJ, Work
+from tables import Goal
 
 # glibc gives freed memory of this size back at once, and the page faults of fresh memory would be
 # most of what is timed; long runs keep theirs, by these settings or by another allocator

@@ -8,8 +8,9 @@ from typing import Any
 
 import sections
 import torch
-from common import Goal, Run, arguments, find, speedups
+from common import Run, arguments, find, speedups
 from peers import DTYPES, LOOPS, OURS, SJ, Work
+from tables import Goal
 
 
 def grids(quick: bool) -> dict[str, list]:

@@ -17,8 +17,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import Goal, Run, compare, graph, report, save, summary, synchronize, train, wall
+from common import Run, compare, graph, report, save, summary, synchronize, train, wall
 from peers import DTYPES, LOOPS, OURS, SJ, Call, Work
+from tables import Goal
 
 Grid = list[tuple[Work, list[str]]]
 

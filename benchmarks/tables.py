@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peers import OURS
-
-if TYPE_CHECKING:
-    from common import Goal
 
 Row = dict[str, Any]
 TITLES = {
@@ -21,6 +19,16 @@ TITLES = {
     "first-call": "First call in a fresh process, seconds after torch and the device are up",
 }
 WORK = ("neuron", "dtype", "T", "N", "mode", "threads")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Something to hold on every work that was measured for it."""
+
+    text: str
+    values: list[float]
+    asked: float
+    at_most: bool = False
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
