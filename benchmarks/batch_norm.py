@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import timeit
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tables import markdown, write
 from torch import Tensor, nn
 from warm_start import machine
 
@@ -100,15 +100,16 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, last: bool, residual: An
 def page(rows: list[dict], where: dict[str, Any]) -> str:
     lines = ["# Batch norm and neuron: training step in passes over x", ""]
     lines += [", ".join(f"{k} {v}" for k, v in where.items()), ""]
-    lines += ["| [T, N, C, H, W] | dtype, layout | residual | apart | fused | times | error |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
-    lines += [
-        f"| {row['shape']} | {row['dtype']} {row['layout']} | {row['residual'] or ''}"
-        f" | {row['apart']:.1f} | {row['fused']:.1f} | {row['apart'] / row['fused']:.2f}"
-        f" | {row['error']:.0e} |"
+    header = "[T, N, C, H, W]", "dtype, layout", "residual", "apart", "fused", "times", "error"
+    cells = [
+        [
+            str(row["shape"]), f"{row['dtype']} {row['layout']}", row["residual"] or "",
+            f"{row['apart']:.1f}", f"{row['fused']:.1f}", f"{row['apart'] / row['fused']:.2f}",
+            f"{row['error']:.0e}",
+        ]
         for row in rows
-    ]
-    return "\n".join([*lines, ""])
+    ]  # fmt: skip
+    return "\n".join([*lines, markdown([*header], cells), ""])
 
 
 def main() -> None:
@@ -129,10 +130,7 @@ def main() -> None:
     ]
     found = {"machine": machine(DEVICE), "rows": rows}
     base = args.out / f"batch_norm{'' if DEVICE == 'cuda' else '_cpu'}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    base.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    base.with_suffix(".md").write_text(page(rows, found["machine"]))
-    print(page(rows, found["machine"]))
+    write(base, found, page(rows, found["machine"]))
 
 
 if __name__ == "__main__":

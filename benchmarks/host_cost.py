@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from sections import Nothing
+from tables import markdown, write
 from torch import Tensor
 from warm_start import machine
 
@@ -137,17 +138,12 @@ def page(results: dict[str, Any]) -> str:
     for device, found in results.items():
         lines += [f"## {device}", "", ", ".join(f"{k} {v}" for k, v in found["machine"].items())]
         for kind in ("inference", "training"):
-            lines += ["", f"| {kind}, LIF, T = 4, N = 64 | us |", "| --- | --- |"]
-            lines += [f"| {part} | {us:.1f} |" for part, us in found[kind].items()]
+            cells = [[part, f"{us:.1f}"] for part, us in found[kind].items()]
+            lines += ["", markdown([f"{kind}, LIF, T = 4, N = 64", "us"], cells)]
         ways = found["chain"]
-        lines += [
-            "",
-            f"| a layer's training step in a chain of {CHAIN}, T = 4: us | {' | '.join(ways)} |",
-        ]
-        lines += ["| --- | --- | --- |"]
-        for name in ways["python"]:
-            lines.append(f"| {name} | {' | '.join(f'{way[name]:.1f}' for way in ways.values())} |")
-        lines.append("")
+        cells = [[name, *(f"{way[name]:.1f}" for way in ways.values())] for name in ways["python"]]
+        header = [f"a layer's training step in a chain of {CHAIN}, T = 4: us", *ways]
+        lines += ["", markdown(header, cells), ""]
     return "\n".join(lines)
 
 
@@ -168,10 +164,7 @@ def main() -> None:
             training=training(x, args.rounds),
             chain=chain(device, args.rounds),
         )
-    args.out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n")
-    file.with_suffix(".md").write_text(page(results))
-    print(page(results))
+    write(file, results, page(results))
 
 
 if __name__ == "__main__":

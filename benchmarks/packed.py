@@ -23,6 +23,7 @@ import networks
 import torch
 from common import synchronize
 from networks import RESULTS, Step, spikingjelly
+from tables import markdown, write
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from warm_start import machine
@@ -149,18 +150,19 @@ def page(found: dict[str, Any]) -> str:
             "Each cell: peak MB of a training step above what lives on, ms (eager), T = 4.",
             "",
         ]
-        lines += [f"| network | {' | '.join(WHOSE)} |", "| --- |" + " --- |" * len(WHOSE)]
         rows = {(r["network"], r["dtype"], r["layout"], r["whose"]): r for r in where["rows"]}
+        steps = []
         for key in dict.fromkeys(k[:3] for k in rows):
             cells = [rows.get((*key, whose)) for whose in WHOSE]
             told = [f"{c['peak_MB']:.1f}, {c['eager_ms']:.1f}" if c else "" for c in cells]
-            lines.append(f"| {key[0]}, {key[1]} {key[2]} | {' | '.join(told)} |")
+            steps.append([f"{key[0]}, {key[1]} {key[2]}", *told])
+        lines.append(markdown(["network", *WHOSE], steps))
         names = [name for name in where["packing"][0] if name not in ("numbers", "dtype")]
-        lines += ["", "Packing alone, ms:", "", f"| numbers | {' | '.join(names)} |"]
-        lines += ["| --- |" + " --- |" * len(names)]
-        for row in where["packing"]:
-            told = [f"{row[name]:.3f}" for name in names]
-            lines.append(f"| {row['numbers']:,} {row['dtype']} | {' | '.join(told)} |")
+        alone = [
+            [f"{row['numbers']:,} {row['dtype']}", *(f"{row[name]:.3f}" for name in names)]
+            for row in where["packing"]
+        ]
+        lines += ["", "Packing alone, ms:", "", markdown(["numbers", *names], alone)]
         lines += ["", *(f"- {note}" for note in where["notes"]), ""]
     return "\n".join(lines)
 
@@ -197,10 +199,7 @@ def main() -> None:
     found[f"{DEVICE}{', small' if args.small else ''}"] = dict(
         machine=machine(DEVICE), rows=rows, packing=alone, notes=notes
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found, indent=1) + "\n")
-    file.with_suffix(".md").write_text(page(found))
-    print(page(found))
+    write(file, found, page(found))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ window written and read. As one CUDA graph.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from batch_norm import RESULTS, took_ms
+from tables import markdown, write
 from torch import nn
 from warm_start import machine
 
@@ -48,15 +48,16 @@ def page(rows: list[dict], where: dict[str, str]) -> str:
     lines = ["# Max pooling: milliseconds forward and backward", ""]
     lines += [", ".join(f"{k} {v}" for k, v in where.items()), ""]
     lines += ["*Least*: the fewest bytes at the speed of a copy of x.", ""]
-    lines += ["| of | dtype, layout | least | torch | neuronjit | times | error |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
-    lines += [
-        f"| {row['of']} {list(SHAPES[row['of']][0])} | {row['dtype']} {row['layout']}"
-        f" | {row['least']:.3f} | {row['torch']:.3f} | {row['neuronjit']:.3f}"
-        f" | {row['torch'] / row['neuronjit']:.1f} | {row['error']:.0e} |"
+    cells = [
+        [
+            f"{row['of']} {list(SHAPES[row['of']][0])}", f"{row['dtype']} {row['layout']}",
+            *(f"{row[name]:.3f}" for name in ("least", "torch", "neuronjit")),
+            f"{row['torch'] / row['neuronjit']:.1f}", f"{row['error']:.0e}",
+        ]
         for row in rows
-    ]
-    return "\n".join([*lines, ""])
+    ]  # fmt: skip
+    header = ["of", "dtype, layout", "least", "torch", "neuronjit", "times", "error"]
+    return "\n".join([*lines, markdown(header, cells), ""])
 
 
 def main() -> None:
@@ -71,11 +72,7 @@ def main() -> None:
         for last in (False, True)
     ]
     where = machine("cuda")
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "pooling.json"
-    file.write_text(json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
-    file.with_suffix(".md").write_text(page(rows, where))
-    print(page(rows, where))
+    write(args.out / "pooling", {"machine": where, "rows": rows}, page(rows, where))
 
 
 if __name__ == "__main__":

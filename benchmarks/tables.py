@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,14 @@ class Goal:
 def markdown(header: list[str], lines: list[list[str]]) -> str:
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def write(base: Path, found: Any, text: str) -> None:
+    """Results as BASE.json, their page as BASE.md and on the screen."""
+    base.parent.mkdir(parents=True, exist_ok=True)
+    base.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    base.with_suffix(".md").write_text(text)
+    print(text)
 
 
 def goal_table(goals: list[Goal]) -> str:
