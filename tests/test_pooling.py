@@ -115,7 +115,7 @@ def test_others_are_torchs(queued: list[str], monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(pool(x), right)
     monkeypatch.delenv("NEURONJIT_BACKEND")
     with pytest.raises(RuntimeError, match="Output size"):
-        light(2)(x[:, :, :1])
+        light(2)(x[:, :, :1].contiguous())
     assert not queued
     monkeypatch.setattr(build, "_helpers", {})
     monkeypatch.setattr(pooling, "plans", {})
@@ -157,6 +157,19 @@ def test_derivatives() -> None:
     y = light(2)(x)
     y.sum().backward()
     with pytest.raises(RuntimeError, match="second time"):
+        y.sum().backward()
+
+
+@pytest.mark.cuda
+def test_what_hooks_give_back() -> None:
+    x = torch.randn(2, 8, 8, 8, device="cuda", requires_grad=True)
+    want = torch.autograd.grad(light(2)(x).square().sum(), x)[0]
+    with torch.autograd.graph.save_on_cpu(pin_memory=True):
+        y = light(2)(x)
+    assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], want)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.cpu()):
+        y = light(2)(x)
+    with pytest.raises(nj.SpecError, match="windows that backward is given are not what forward"):
         y.sum().backward()
 
 

@@ -421,7 +421,7 @@ class KernelPlan:
         if (checkpoints is None) != (self.checkpoints is None):
             raise SpecError(f"the checkpoints {_CHANGED}")
         if checkpoints is not None and self.checkpoints is not None:
-            checkpoints = _as_saved(checkpoints, self.checkpoints, lambda: "the checkpoints")
+            checkpoints = as_saved(checkpoints, self.checkpoints, lambda: "the checkpoints")
         arriving = self._arriving(tuple([g is not None for g in grads]), tuple(wanted))
         last = 1 + len(self.final)
         arrived = [as_arrived(g, self._x) for g in (grads[0], *grads[last:]) if g is not None]
@@ -508,11 +508,11 @@ class KernelPlan:
         of another shape or dtype, or after `x.data = ...`, it is not what forward saw: SpecError.
         """
         model = self.call.model
-        x = _as_saved(x, self._x, lambda: "x_seq")
+        x = as_saved(x, self._x, lambda: "x_seq")
         if not tensors:
             return x, tensors
         saved = zip(self.given, tensors, self.saved, strict=True)
-        return x, [_as_saved(t, was, partial(label_of, model, name)) for name, t, was in saved]
+        return x, [as_saved(t, was, partial(label_of, model, name)) for name, t, was in saved]
 
     def _addresses(self, tensors: Sequence[Tensor]) -> tuple[Sequence[int], list[Tensor]]:
         """Where `_members` lie, 0 for numbers; and what must stay alive until the launch."""
@@ -596,7 +596,7 @@ def _as_read(tensor: Tensor, how: _Saved) -> Tensor:
     return layout.in_layout(tensor.expand(shape), shape, strides)
 
 
-def _as_saved(tensor: Tensor, was: tuple[Any, ...], label: Callable[[], str]) -> Tensor:
+def as_saved(tensor: Tensor, was: tuple[Any, ...], label: Callable[[], str]) -> Tensor:
     """The tensor in the layout that it was saved in, if it still has its shape and dtype."""
     shape, dtype, device, strides = was
     if (

@@ -16,9 +16,9 @@ from .. import settings
 from ..kernels.build import helper
 from ..kernels.helpers import HELPERS, HelperSpec
 from ..kernels.spec import NAMES
-from ..torch_private import has_tangents, is_batched, tracing, transformed
+from ..torch_private import direct_apply, has_tangents, is_batched, tracing, transformed
 from .checks import no_transforms
-from .plan import as_arrived, keep, once
+from .plan import as_arrived, as_saved, keep, once
 
 SIZES = HELPERS["max_pool"].sizes
 
@@ -32,6 +32,11 @@ def max_pool2d(x: Tensor, size: int, ceil_mode: bool = False) -> Tensor | None:
         type(x) is not Tensor
         or not x.is_cuda
         or x.dtype not in NAMES
+        or not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
+        or not 0 < x.numel() < 1 << 31
+        or min(x.shape[2:]) + size + ceil_mode < 4  # nothing would come out
+        or not x.data_ptr()
+        or x.is_neg()
         or settings.backend() == "eager"
         or transformed()
         or tracing()
@@ -39,20 +44,12 @@ def max_pool2d(x: Tensor, size: int, ceil_mode: bool = False) -> Tensor | None:
     ):
         return None
     key = (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, size, ceil_mode)
-    if key not in plans:
-        keep(plans, key, _Pooling(x, size, ceil_mode) if _is_known(x) else None)
-    plan = plans[key]
-    if plan is None or not x.data_ptr() or x.is_neg() or not plan.has_kernels():
+    plan = plans.get(key) or keep(plans, key, _Pooling(x, size, ceil_mode))
+    if not plan.has_kernels():
         return None
     if torch.is_grad_enabled() and x.requires_grad:
-        return _MaxPool.apply(x, plan)  # type: ignore[no-any-return, no-untyped-call]
+        return _apply(x, plan)  # type: ignore[no-any-return]
     return plan.forward(x, save=False)[0]
-
-
-def _is_known(x: Tensor) -> bool:
-    """Whether there are numbers, next to each other in an order that kernels know."""
-    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-    return dense and 0 < x.numel() < 1 << 31
 
 
 _pack = struct.Struct("@3QI4iI").pack  # as templates/pooling.cu.j2 has them
@@ -83,6 +80,7 @@ class _Pooling:
         )
         self._x, self._y = ((t.shape, x.dtype, x.device, t.stride()) for t in (x, y))
         # the windows there are, and the places two by two of x, which may be one more an axis
+        self._places = (torch.Size([y.numel()]), torch.uint8, x.device, (1,))
         self._works = y.numel(), n * c * math.prod((a + 1) // 2 for a in axes)
         self._sizes = (*axes, *outs, c // lanes if last else 1)
 
@@ -96,13 +94,14 @@ class _Pooling:
     def forward(self, x: Tensor, save: bool) -> tuple[Tensor, Tensor | None]:
         """The greatest of each window, and where in it that was."""
         y = _empty(self._y)
-        places = torch.empty(y.numel(), dtype=torch.uint8, device=y.device) if save else None
+        places = _empty(self._places) if save else None
         self._launch(0, x, y, places)
         return y, places
 
     def backward(self, grad: Tensor, places: Tensor) -> Tensor:
         """The gradient of x."""
         grad = as_arrived(grad, self._y)
+        places = as_saved(places, self._places, lambda: "a max pooling's windows")
         x_grad = _empty(self._x)
         self._launch(1, x_grad, grad.clone() if grad.data_ptr() & 15 else grad, places)
         return x_grad
@@ -138,4 +137,5 @@ class _MaxPool(torch.autograd.Function):
         return (*(once([x_grad], [grad]) if torch.is_grad_enabled() else [x_grad]), None)
 
 
-plans: dict[tuple[Any, ...], _Pooling | None] = {}
+_apply: Any = direct_apply(_MaxPool)  # outside of torch.func
+plans: dict[tuple[Any, ...], _Pooling] = {}
