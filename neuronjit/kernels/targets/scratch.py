@@ -42,19 +42,22 @@ def scratch(*, executable: bool = False) -> Iterator[Folder]:
 
     Raises OSError, with what is wrong with each place, where there is none for such a folder.
     """
-    path = _make(executable)
+    name = f"neuronjit-{os.urandom(16).hex()}"
+    places = _places()
     try:
-        with opened(path) as folder:
+        with opened(_make(places, name, executable)) as folder:
             yield folder
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+    finally:  # wherever an interrupt came
+        for place in places:
+            _remove(os.path.join(place, name))
 
 
-def _make(executable: bool) -> str:
+def _make(places: Sequence[str], name: str, executable: bool) -> str:
+    """Make a folder of this name in the first place that will do. Raises OSError."""
     distrusted: list[str] = []
     failed: list[str] = []
-    for place in _places():
-        path = os.path.join(place, f"neuronjit-{os.urandom(16).hex()}")
+    for place in places:
+        path = os.path.join(place, name)
         try:
             with opened(path, create=0o700) as folder:
                 if executable and os.fstatvfs(folder.fd).f_flag & os.ST_NOEXEC:
@@ -67,10 +70,18 @@ def _make(executable: bool) -> str:
         except Untrusted as error:
             distrusted.append(str(error))
         except OSError as error:  # silently the next, as in Python's own tempfile
-            shutil.rmtree(path, ignore_errors=True)
             failed.append(f"{place!r}: {error.strerror or error}")
     reasons = "; ".join([*distrusted, *failed]) or "none of the usual folders is there"
     raise OSError(f"no folder for temporary files can be had ({reasons}); set TMPDIR")
+
+
+def _remove(path: str) -> None:
+    """Remove a folder, if it is there; an interrupt goes on after that."""
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def _sweep(place: str, now: float) -> None:
@@ -81,7 +92,7 @@ def _sweep(place: str, now: float) -> None:
                 st = entry.stat(follow_symlinks=False)
                 old = stat.S_ISDIR(st.st_mode) and now - st.st_mtime > STALE_S
                 if old and st.st_uid == os.geteuid():
-                    shutil.rmtree(entry.path, ignore_errors=True)
+                    _remove(entry.path)
 
 
 def write(folder: Folder, name: str, data: bytes) -> str:
