@@ -305,7 +305,7 @@ def test_poolings_that_are_left_alone() -> None:
         Own(2), odd, nn.MaxPool2d(2, return_indices=True), nn.MaxPool2d(3), nn.MaxPool2d((2, 3)),
         nn.MaxPool2d(2, 1), nn.MaxPool2d(2, dilation=2), nn.MaxPool2d(3, 2), nn.MaxPool1d(2),
     ]  # fmt: skip
-    net = nn.Sequential(*others, nn.MaxPool2d((3, 3), (2, 2), (1, 1), (1, 1)), nn.MaxPool2d(2))
+    net = nn.Sequential(*others, nn.MaxPool2d((3, 3), (2, 2), [1, 1], (1, 1)), nn.MaxPool2d([2, 2]))
     nj.nn.fuse(net)
     assert [is_light(pool) for pool in net] == [False] * len(others) + [True] * 2
 

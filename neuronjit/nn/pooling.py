@@ -50,8 +50,8 @@ def is_light(pool: Module) -> bool:
 def _window(pool: Any) -> int:
     """The size of its windows, if kernels have such; else 0."""
     sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-    size = _WINDOWS.get(tuple(n if isinstance(n, tuple) else (n, n) for n in sizes), 0)
-    return 0 if pool.return_indices else size
+    pairs = tuple((n, n) if isinstance(n, int) else tuple(n) for n in sizes)
+    return 0 if pool.return_indices else _WINDOWS.get(pairs, 0)
 
 
 def _forward(pool: Any, x: Any) -> Any:
