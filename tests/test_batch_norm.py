@@ -517,6 +517,29 @@ def test_a_fused_norm_knows_when_its_neuron_did_not_run() -> None:
             net(x)
 
 
+def test_a_fused_network_goes_on_after_an_error() -> None:
+    x = sequence((2, 2, 2, 4, 4), 1).float()
+    net = nn.Sequential(nj.nn.EachStep(nn.BatchNorm2d(2)), nj.nn.LIF(backend="eager"))
+    nj.nn.fuse(net)
+    want = net(x)
+    nj.nn.reset_net(net)
+    with pytest.raises(nj.SpecError, match="has 2 features"):
+        net(torch.cat([x, x], 2))
+    assert torch.equal(net(x), want)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = net[1].register_forward_pre_hook(stop)
+    nj.nn.reset_net(net)
+    with pytest.raises(KeyboardInterrupt):
+        net(x)
+    hook.remove()
+    with pytest.raises(nj.SpecError, match="If an error ended that call, call again"):
+        net(x)
+    assert torch.equal(net(x), want)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoints_of_fused_networks(reentrant: bool) -> None:
     """Of the norm without its neuron, and of both, where the state is reset inside."""

@@ -141,8 +141,9 @@ class Norm:
         self.passed, self.again = None if missed else x.numel(), again
         if missed:
             raise SpecError(
-                "the neuron of a fused batch norm was not called after it, and x went on as it was"
-                f" (was the neuron replaced, or a part of the network called?); {_CURE}"
+                "the neuron of a fused batch norm was not called after it, the last time, and x"
+                " went on as it was. If an error ended that call, call again. If the neuron was"
+                f" replaced or only a part of the network called, {_CURE}"
             )
         return x
 
@@ -207,12 +208,12 @@ class Norm:
 
     def _check(self, x: Tensor) -> None:
         norm = self.norm
+        passed, self.passed = self.passed, None
         if x.dim() < 3 or x.shape[2] != norm.num_features:
             raise SpecError(
                 f"the batch norm has {norm.num_features} features, so x_seq must be"
                 f" [T, N, {norm.num_features}, *], got {list(x.shape)}"
             )
-        passed, self.passed = self.passed, None
         if self.hidden and passed != x.numel():
             raise SpecError(
                 "a fused neuron was called without its batch norm right before it, on the same"
