@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import each_device
+from support import each_device, slow
 from torch import Tensor
 
 import neuronjit as nj
@@ -29,9 +29,13 @@ ALL = [
 
 
 @pytest.mark.nvrtc
-@pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
-def test_nvrtc_compiles_them(arch: str) -> None:
-    for spec in ALL:
+@pytest.mark.parametrize(
+    ("arch", "dtypes"),
+    [("sm_90", ("float16",)), slow("sm_90", set(DTYPES) - {"float16"}), slow("sm_75", DTYPES)],
+    ids=str,
+)
+def test_nvrtc_compiles_them(arch: str, dtypes: Any) -> None:
+    for spec in [spec for spec in ALL if spec.dtype in dtypes]:
         source = render_helper(spec)
         assert max(map(len, source.splitlines())) <= 120
         assert cuda.measure(source, spec.symbol, arch)["spilled"] == 0
