@@ -114,7 +114,7 @@ def accelerate(
     found = list(_find(model))
     paths = [layer.path for layer, _, new in found if new]
     layers, norms = _with_norms(model, [layer for layer, *_ in found], fuse)
-    pools = [path for path, _ in pooling.poolings(model)] if fuse else []
+    pools = [path for path, _ in pooling.poolings(model)] if fuse and found else []
     swap = partial(_swap, norms=norms, pools=pools)
     changed = [*dict.fromkeys([*paths, *norms])]
     proof = None

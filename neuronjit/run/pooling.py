@@ -79,8 +79,8 @@ class _Pooling:
             memory_format=torch.channels_last if last else torch.contiguous_format,
         )
         self._x, self._y = ((t.shape, x.dtype, x.device, t.stride()) for t in (x, y))
-        # the windows there are, and the places two by two of x, which may be one more an axis
         self._places = (torch.Size([y.numel()]), torch.uint8, x.device, (1,))
+        # the windows there are, and the places two by two of x, which may be one more an axis
         self._works = y.numel(), n * c * math.prod((a + 1) // 2 for a in axes)
         self._sizes = (*axes, *outs, c // lanes if last else 1)
 
